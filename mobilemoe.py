@@ -23,7 +23,6 @@ import contextlib
 import math
 import os
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -84,6 +83,7 @@ class Config:
             require(isinstance(value, int) and value > 0, f"{name} = {value!r} must be a whole number above 0")
         require(self.n_heads % self.n_kv_heads == 0,
                 f"{self.n_heads} query heads do not share {self.n_kv_heads} key/value heads evenly")
+        require(self.d_head % 2 == 0, f"d_head = {self.d_head} is odd: rotary positions turn pairs of channels")
         require(self.d_ff % self.granularity == 0,
                 f"granularity {self.granularity} does not divide the width d_ff = {self.d_ff}")
         require(not self.shared_expert or self.granularity % 2 == 0,
@@ -567,6 +567,7 @@ def generate(model: MobileMoE, prompt: list[int], max_new_tokens: int, *, temper
         else:
             probs, ids = (logits / temperature).softmax(-1).sort(descending=True)
             keep = probs.cumsum(-1) - probs < top_p     # mass *before* a token: the one that crosses top_p stays in
+            keep[0] = True                                  # even for top_p = 0
             if top_k:
                 keep[top_k:] = False
             token = int(ids[torch.multinomial(probs * keep, 1, generator=generator)])
@@ -606,15 +607,20 @@ def atomic_write(path: str | Path):
     path = Path(path)
     if not path.parent.is_dir():
         raise UserError(f"cannot write {path}: there is no folder {path.parent}")
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")         # not mkstemp: others may read what it names
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "wb") as file:
             yield file
             file.flush()
+            os.fchmod(file.fileno(), 0o644)     # mkstemp's 0600 would lock a shared file away from everyone else
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        # torch.save turns a full disk into a RuntimeError about its zip file; what the system said is the error's context.
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
+        if isinstance(cause, OSError):
+            raise OSError(cause.errno, cause.strerror, str(path)) from None
         raise
 
 
@@ -630,7 +636,8 @@ def load_checkpoint(path: str | Path) -> dict:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception:               # torch raises half a dozen kinds, depending on where in the file the damage is
         raise UserError(f"{path} is not a readable checkpoint (empty, truncated or foreign)") from None
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != "mobilemoe/1":
+    needed = {"config", "stage", "quantized", "model", "tokenizer"}
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != "mobilemoe/1" or not needed <= checkpoint.keys():
         raise UserError(f"{path} is not a MobileMoE checkpoint: train.py writes those")
     return checkpoint
 
@@ -649,7 +656,10 @@ def config_from_dict(values: dict) -> Config:
 def model_from_checkpoint(checkpoint: dict) -> MobileMoE:
     """The model in FP32 with a checkpoint's weights, in evaluation mode."""
     model = MobileMoE(config_from_dict(checkpoint["config"]))
-    model.load_state_dict(checkpoint["model"])
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except RuntimeError as error:       # a heading, then a line for each kind of trouble: the first says enough
+        raise UserError(f"the checkpoint's weights do not fit its config: {str(error).splitlines()[1].strip()}") from None
     return model.eval()
 
 
@@ -674,7 +684,7 @@ def encode_chat(encoding, messages: list[dict], reply: bool) -> list[int]:
                 *encoding.encode_ordinary("\n\n")]
     ids = [encoding.encode_single_token("<|begin_of_text|>")]
     for message in messages:
-        ids += header(message["role"]) + encoding.encode_ordinary(message["content"])
+        ids += header(message["role"]) + encoding.encode_ordinary(message["content"].strip())
         ids.append(encoding.encode_single_token("<|eot_id|>"))
     return ids + header("assistant") if reply else ids
 
@@ -689,6 +699,8 @@ def main():
     parser.add_argument("--top-p", type=float, default=0.95, help="sample from this much probability mass (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if not (args.temperature >= 0 and 0 <= args.top_p <= 1 and args.top_k >= 0 and args.tokens >= 0):
+        raise UserError("--temperature, --top-k and --tokens cannot be negative, and --top-p lies between 0 and 1")
 
     checkpoint = load_checkpoint(args.checkpoint)
     model, encoding = model_from_checkpoint(checkpoint), tokenizer_from_dict(checkpoint["tokenizer"])
@@ -703,6 +715,7 @@ def main():
         sys.stdout.buffer.flush()
     sys.stdout.flush()
     stop = tuple(encoding.encode_single_token(name) for name in ("<|eot_id|>", "<|end_of_text|>"))
+    stop += tuple(range(encoding.n_vocab, model.config.vocab_size))        # a vocabulary may have more room than tokens
     generate(model, prompt, args.tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed,
              stop=stop, on_token=show)
     print()

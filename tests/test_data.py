@@ -28,8 +28,7 @@ def other_process():
     """A second scan, of another hash seed, beside the first one: half a minute becomes a quarter."""
     script = "import data, hashlib; print(hashlib.sha256(repr(data.embedded_corpus()).encode()).hexdigest())"
     environment = dict(os.environ, PYTHONHASHSEED="7", PYTHONPATH=str(ROOT))
-    command = [sys.executable, "-c", script]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, text=True) as process:
         yield process
 
 
@@ -168,11 +167,9 @@ def test_without_docstrings_in_tight_places():
 
 
 def test_arithmetic_is_right_and_held_out_problems_are_never_worked(corpus):
-    def solved(documents):
-        return {match[1]: match.groups() for document in documents for match in
-                re.finditer(r"Problem: (.*)\nWorking: (.*)\nAnswer: (.*)\n", document)}
-
-    train, heldout = solved(corpus.train["maths"]), solved(corpus.heldout["maths"])
+    train, heldout = ({match[1]: match.groups() for document in part["maths"] for match in
+                       re.finditer(r"Problem: (.*)\nWorking: (.*)\nAnswer: (.*)\n", document)}
+                      for part in (corpus.train, corpus.heldout))
     assert len(train) > 5_000 and len(heldout) > 300
     for question, steps, answer in [*train.values(), *heldout.values()]:
         if "x" in question:
@@ -181,8 +178,7 @@ def test_arithmetic_is_right_and_held_out_problems_are_never_worked(corpus):
         else:
             assert eval(question) == int(answer)
         for step in steps.split(", "):
-            sides = {eval(side.replace("x", answer)) for side in step.split(" = ")}
-            assert len(sides) == 1
+            assert len({eval(side.replace("x", answer)) for side in step.split(" = ")}) == 1
         assert steps.endswith(f" = {answer}")
     worked = {side for _, steps, _ in train.values() for step in steps.split(", ") for side in step.split(" = ")}
     assert not heldout.keys() & (train.keys() | worked)
@@ -197,8 +193,7 @@ def test_arithmetic_is_right_and_held_out_problems_are_never_worked(corpus):
 def test_fine_tuning_pairs_are_honest_short_and_separate(corpus, encoding):
     for pairs in (corpus.sft_train, corpus.sft_heldout):
         assert set(Counter(pair["kind"] for pair in pairs)) == {"summary", "signature", "module", "arithmetic"}
-    signatures = {document.partition("\n")[0] for document in corpus.train["prose"]}
-    subjects = []
+    signatures, subjects = {document.partition("\n")[0] for document in corpus.train["prose"]}, []
     for pairs in (corpus.sft_train, corpus.sft_heldout):
         for pair in pairs:
             question, reply = pair["messages"]
@@ -276,8 +271,7 @@ def test_one_endless_piece_does_not_stall_the_trainer():
 
 
 def test_special_tokens_and_the_checkpoint_entry(encoding):
-    ids = [encoding.encode_single_token(token) for token in data.SPECIAL_TOKENS]
-    assert ids == list(range(695, 700))
+    assert [encoding.encode_single_token(token) for token in data.SPECIAL_TOKENS] == list(range(695, 700))
     entry = tokenizer_from_dict(json.loads(json.dumps(data.tokenizer_to_dict(encoding))))
     assert entry.encode(SAMPLE + "<|eot_id|>", allowed_special="all") == encoding.encode_ordinary(SAMPLE) + [699]
     assert (entry.name, entry.n_vocab) == ("test", 700)
@@ -292,10 +286,8 @@ def test_load_tokenizer_file(tmp_path, encoding):
     path.write_text(data.tokenizer_to_dict(encoding)["ranks"])
     loaded = data.load_tokenizer_file(path)
     assert loaded.encode_ordinary(SAMPLE) == encoding.encode_ordinary(SAMPLE) and loaded.n_vocab == 700
-
     tokens = [bytes([byte]) for byte in range(256)] + [i.to_bytes(3, "big") for i in range(128_000 - 256)]
-    path = tmp_path / "tokenizer.model"                                 # as many ranks as Llama-3 has
-    path.write_text(rank_lines({token: rank for rank, token in enumerate(tokens)}))
+    path.write_text(rank_lines({token: rank for rank, token in enumerate(tokens)}))     # as many ranks as Llama-3 has
     llama3 = data.load_tokenizer_file(path)
     assert llama3.n_vocab == 128_256 and len(llama3._special_tokens) == 256
     named = {128_000: "<|begin_of_text|>", 128_001: "<|end_of_text|>", 128_005: "<|reserved_special_token_3|>",
@@ -376,18 +368,15 @@ def test_mixture_without_text():
         data.Mixture({"prose": np.arange(1)}, {"prose": 1.0, "code": 0.5}, 16, seed=0)
 
 
-def conversations(n: int, rng) -> list[tuple[list[int], list[int]]]:
+def conversations(n: int) -> list[tuple[list[int], list[int]]]:
     """n conversations of distinct tokens, of 5 to 59 tokens, the latter half of each to be learned."""
-    made = []
-    for i in range(n):
-        length = int(rng.integers(5, 60))
-        mask = [0] * (length // 2) + [1] * (length - length // 2)
-        made.append((list(range(1000 * i + 1, 1000 * i + 1 + length)), mask))
-    return made
+    lengths = np.random.default_rng(0).integers(5, 60, n).tolist()
+    return [(list(range(1000 * i + 1, 1000 * i + 1 + length)), [0] * (length // 2) + [1] * (length - length // 2))
+            for i, length in enumerate(lengths)]
 
 
 def test_packing_loses_and_repeats_nothing():
-    examples = conversations(300, np.random.default_rng(0))
+    examples = conversations(300)
     packed = data.Packed(examples, context=64, seed=1, pad_id=0)
     rows = len(packed.ids)
     assert packed.skipped == 0 and rows < 1.1 * sum(len(ids) for ids, _ in examples) / 65
@@ -406,7 +395,7 @@ def test_packing_loses_and_repeats_nothing():
 
 
 def test_packed_batches_depend_on_seed_and_step_alone():
-    examples = conversations(50, np.random.default_rng(0))
+    examples = conversations(50)
     first, again = (data.Packed(examples, 64, seed=1, pad_id=0) for _ in range(2))
     batches = [first.batch(step, 3) for step in range(40)]
     assert all((a == b).all() for a, b in zip(again.batch(33, 3), batches[33]))
@@ -414,10 +403,9 @@ def test_packed_batches_depend_on_seed_and_step_alone():
 
 
 def test_a_conversation_longer_than_a_row_is_left_out_whole_and_counted():
-    examples = conversations(50, np.random.default_rng(0))
-    long = sum(len(ids) > 33 for ids, _ in examples)
+    examples = conversations(50)
     packed = data.Packed(examples, context=32, seed=1, pad_id=0)
-    assert packed.skipped == long > 0
+    assert packed.skipped == sum(len(ids) > 33 for ids, _ in examples) > 0
     _, targets = packed.batch(0, len(packed.ids))
     assert (targets != -100).sum() == sum(sum(mask) for ids, mask in examples if len(ids) <= 33)
     with pytest.raises(UserError, match="at most 4 tokens"):

@@ -1,0 +1,611 @@
+"""Training: pre-training, mid-training, instruction tuning (SFT) and INT4 quantisation-aware training (QAT).
+
+    python train.py                              all four stages of the `tiny` model on two CPU cores, then the export
+    python train.py --resume                     go on with a run that was stopped
+    python train.py sft --run runs/x             one stage, from the checkpoint of the stage before it
+    python train.py --preset S --data TEXT --tokenizer tokenizer.model --run runs/S
+
+The paper's recipe (section 4) in one table below, beside the one that two CPU cores can afford. Each stage ends in a checkpoint
+(runs/NAME/pretrain.pt, midtrain.pt, sft.pt, qat.pt); log.jsonl has every logged step; report.md and report.png sum up.
+
+In the order of the data's way: the table, tokens, optimizers, one stage, checkpoints, report, command line.
+What it is not: the model is mobilemoe.py, the INT4 lattice quantize.py, corpus and batches data.py.
+"""
+import argparse
+import dataclasses
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import data
+from mobilemoe import (
+    PRESETS,
+    Config,
+    MobileMoE,
+    UserError,
+    atomic_write,
+    bits_per_byte,
+    config_from_dict,
+    encode_chat,
+    generate,
+    load_checkpoint,
+    run_main,
+    tokenizer_from_dict,
+)
+from quantize import attach, heldout_bits_per_byte, master_state_dict, post_training_report
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The table: what each stage does
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    tokens: float                   # trained on, in all
+    context: int                    # T
+    batch: int                      # tokens per optimizer step, over all accumulation steps
+    peak_lr: float
+    decay: str                      # "cosine" or "linear", after the warm-up ...
+    final_lr: float                 # ... to this fraction of the peak
+    capacity: float | None          # drop-and-pad with this capacity factor; None is dropless
+    bias_rate: float                # step of the loss-free balancing; 0 freezes expert_bias
+    mixture: dict                   # weights of data.DOMAINS, and of "chat" for packed conversations
+    int4: bool = False              # fake-quantised forward (QAT)
+
+
+STAGES = ("pretrain", "midtrain", "sft", "qat")
+
+# The paper's domains: web is prose here, knowledge includes science. SFT and QAT mix conversations as the data has them.
+BROAD, FOCUS = dict(prose=62, maths=11.6, code=10, knowledge=16.4), dict(prose=9, maths=21, code=22, knowledge=48)
+DOCS, CHAT = dict(prose=60, maths=15, code=10, knowledge=15), dict(chat=60, prose=25, code=5, knowledge=5, maths=5)
+PAPER = {   #           tokens  context   batch     peak  decay     final  capacity  bias   mixture
+    "pretrain": Stage(    6e12,    2048, 2 ** 22,   4e-4, "cosine",   0.1,     1.5,  1e-3, BROAD),
+    "midtrain": Stage(  500e9,     8192, 2 ** 22,   4e-5, "linear",   0.0,     1.5,  1e-3, FOCUS),
+    "sft":      Stage(  126e9,     8192, 2 ** 20,   4e-6, "cosine",   0.0,    None,     0, dict(chat=1)),
+    "qat":      Stage(   21e9,     8192, 2 ** 20,   4e-6, "cosine",   0.0,    None,     0, dict(chat=1), int4=True),
+}
+# Minutes instead of months: much higher rates (peak_lr is Muon's, see `optimizers`), and conversations mixed with text, for a
+# few hundred steps on questions alone make so small a model forget how documentation reads.
+TINY = {
+    "pretrain": Stage(   2.6e6,     256,    4096,   0.02, "cosine",   0.3,     1.5,  1e-2, BROAD),
+    "midtrain": Stage(   1.0e6,     512,    4096,  0.006, "linear",   0.0,     1.5,  1e-2, DOCS),
+    "sft":      Stage(   0.4e6,     512,    4096,  0.004, "cosine",   0.0,    None,     0, CHAT),
+    "qat":      Stage(  0.25e6,     512,    4096,  0.002, "cosine",   0.0,    None,     0, CHAT, int4=True),
+}
+TEST = {name: dataclasses.replace(stage, tokens=8 * 256, context=64 if name == "pretrain" else 128, batch=256)
+        for name, stage in TINY.items()}
+
+
+def stages_for(config: Config) -> dict[str, Stage]:
+    """The paper's numbers for models of the paper's size, the scaled ones below 100M active parameters."""
+    if config.vocab_size <= 1024:
+        return TEST
+    return PAPER if config.active_params() >= 100e6 else TINY
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokens: made once per run, then read from runs/NAME/tokens.pt
+
+
+def prepare_data(run: Path, folder: str | None, tokenizer_file: str | None, vocab_size: int) -> dict:
+    """Corpus -> tokenizer -> token streams, as a dict that torch.save can write.
+
+    {"tokenizer": ..., "train": {domain: ids}, "heldout": {domain: {"ids", "bytes"}}, "chat": {"ids", "mask", "lengths"}, "xz"}
+    """
+    path = run / "tokens.pt"
+    if path.is_file():
+        try:
+            return torch.load(path, weights_only=True)
+        except Exception:           # as in load_checkpoint: damage shows itself in many ways
+            raise UserError(f"{path} is damaged: delete it, and the run's checkpoints, which know only its tokenizer") from None
+    start = time.time()
+    print("data: " + (f"reading {folder}" if folder else "documentation and source of Python, NumPy and PyTorch"), flush=True)
+    corpus = data.folder_corpus(folder) if folder else data.embedded_corpus()
+    if tokenizer_file:
+        encoding = data.load_tokenizer_file(tokenizer_file)
+    elif vocab_size > 65536:
+        raise UserError(f"a vocabulary of {vocab_size:,} is not learned from a folder: give --tokenizer FILE "
+                        "(a Llama-3 tokenizer.model or any tiktoken rank file)")
+    else:
+        print(f"data: learning {vocab_size:,} tokens by byte-pair encoding", flush=True)
+        texts = [text for documents in corpus.train.values() for text in documents]
+        texts += [message["content"] for example in corpus.sft_train for message in example["messages"]]
+        encoding = data.make_tokenizer(data.train_bpe(texts, vocab_size), "mobilemoe")
+    if encoding.n_vocab > vocab_size:
+        raise UserError(f"the tokenizer has {encoding.n_vocab:,} tokens, the model's vocabulary only {vocab_size:,}")
+    prepared = {"tokenizer": data.tokenizer_to_dict(encoding), "train": {}, "heldout": {}, "xz": {}}
+    for domain in data.DOMAINS:
+        prepared["train"][domain] = torch.from_numpy(data.tokenize_documents(corpus.train[domain], encoding))
+        if held := corpus.heldout[domain]:
+            prepared["heldout"][domain] = {"ids": torch.from_numpy(data.tokenize_documents(held, encoding).astype(np.int32)),
+                                           "bytes": sum(len(text.encode()) for text in held)}
+            prepared["xz"][domain] = data.xz_bits_per_byte(held)
+    chats = [data.encode_example(encoding, example["messages"]) for example in corpus.sft_train]
+    unseen = {example["kind"]: example["messages"] for example in reversed(corpus.sft_heldout)}      # one of each kind
+    prepared["questions"] = [messages[0]["content"] for messages in unseen.values() if messages[0]["role"] == "user"]
+    prepared["chat"] = {"ids": torch.tensor([i for ids, _ in chats for i in ids], dtype=torch.int32),
+                        "mask": torch.tensor([m for _, mask in chats for m in mask], dtype=torch.bool),
+                        "lengths": torch.tensor([len(ids) for ids, _ in chats], dtype=torch.int64)}
+    run.mkdir(parents=True, exist_ok=True)      # not before the data has turned out to be good
+    with atomic_write(path) as file:
+        torch.save(prepared, file)
+    tokens = {domain: len(ids) for domain, ids in prepared["train"].items()}
+    print(f"data: {sum(tokens.values()):,} tokens ({', '.join(f'{d} {n:,}' for d, n in tokens.items())}), "
+          f"{len(chats):,} conversations, {time.time() - start:.0f} s", flush=True)
+    return prepared
+
+
+class Batches:
+    """Rows for one stage, text and conversations mixed by weight; batch n is a function of (seed, n), so resuming is exact."""
+
+    def __init__(self, prepared: dict, stage: Stage, seed: int):
+        self.share, self.text, self.chat = 0.0, None, None
+        weights = dict(stage.mixture)
+        chat_weight, lengths = weights.pop("chat", 0), prepared["chat"]["lengths"].tolist()
+        if weights:
+            self.text = data.Mixture({d: ids.numpy() for d, ids in prepared["train"].items()}, weights, stage.context, seed)
+        if chat_weight:
+            ids, mask = (prepared["chat"][key].split(lengths) for key in ("ids", "mask"))
+            examples = [(i.tolist(), m.tolist()) for i, m in zip(ids, mask)]
+            self.chat = data.Packed(examples, stage.context, seed, pad_id=0)
+            self.share = chat_weight / (chat_weight + sum(weights.values()))
+
+    def batch(self, step: int, rows: int) -> tuple[Tensor, Tensor]:
+        """inputs and targets [rows, T] int64; in each batch the same number of rows holds conversations."""
+        chats = round(rows * self.share)
+        parts = [source.batch(step, n) for source, n in ((self.text, rows - chats), (self.chat, chats)) if n]
+        inputs, targets = (torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*parts))
+        return inputs, targets
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Optimizers
+
+
+class Muon(torch.optim.Optimizer):
+    """SGD with momentum whose update is made orthogonal: every direction of a matrix moves equally far (Jordan et al. 2024).
+
+    torch.optim.Muon takes single matrices only; an expert stack [E, in, out] is E matrices, orthogonalised in one batch.
+    """
+
+    def __init__(self, params, lr: float, momentum: float = 0.95):
+        super().__init__(params, dict(lr=lr, momentum=momentum))
+
+    @staticmethod
+    def orthogonalise(g: Tensor, dtype: torch.dtype) -> Tensor:
+        """[..., rows, cols] -> nearest (semi-)orthogonal matrices, by five steps of a quintic Newton-Schulz iteration."""
+        x = (g / (g.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(dtype).reshape(-1, *g.shape[-2:])
+        tall = x.shape[-2] > x.shape[-1]
+        x = x.mT if tall else x                         # the small Gram matrix is the cheap one
+        for _ in range(5):
+            gram = x @ x.mT
+            gram = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+            x = torch.baddbmm(x, gram, x, beta=3.4445)
+        return (x.mT if tall else x).reshape(g.shape)
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if "momentum" not in self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+                momentum = self.state[p]["momentum"].lerp_(p.grad, 1 - group["momentum"])
+                g = p.grad.lerp(momentum, group["momentum"])               # Nesterov
+                # gate and up lie side by side in one tensor but are two matrices: orthogonalise each for itself.
+                parts = g.chunk(2, dim=-1) if group["paired"] else (g,)
+                update = torch.cat([self.orthogonalise(part, matmul_dtype(p.device)) for part in parts], dim=-1)
+                rows, cols = parts[0].shape[-2:]
+                p.add_(update.to(p.dtype), alpha=-group["lr"] * max(1, rows / cols, cols / rows) ** 0.5)
+
+
+def matmul_dtype(device: torch.device) -> torch.dtype:
+    """BF16 where the hardware multiplies it faster than FP32: CUDA, AMX, AVX512-BF16. FP32 elsewhere."""
+    if device.type == "cpu" and not (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()):
+        return torch.float32
+    return torch.bfloat16
+
+
+EMBEDDING_SHARE, ROUTER_SHARE, NORM_SHARE = 0.4, 0.1, 0.4      # AdamW's rates as fractions of Muon's
+
+
+def optimizers(model: MobileMoE, stages: dict[str, Stage]) -> list[torch.optim.Optimizer]:
+    """AdamW for the paper's sizes; for short runs Muon on the blocks' matrices and AdamW on embedding, router and norms.
+
+    No weight decay on norms. A group's "share" of the stage's rate survives the schedule, which sets "lr" each step.
+    """
+    adam = dict(betas=(0.9, 0.95), fused=True)
+    embedding, router, norms, paired, matrices = [], [], [], [], []
+    for name, p in model.named_parameters():
+        kind = (norms if p.dim() < 2 else embedding if "embed_tokens" in name else router if "router" in name
+                else paired if "gate_up_proj" in name else matrices)
+        kind.append(p)
+    if stages is PAPER:
+        groups = [dict(params=embedding + router + paired + matrices, weight_decay=0.1, share=1.0),
+                  dict(params=norms, weight_decay=0.0, share=1.0)]
+        return [torch.optim.AdamW(groups, **adam)]
+    groups = [dict(params=embedding, weight_decay=0.01, share=EMBEDDING_SHARE),
+              dict(params=router, weight_decay=0.01, share=ROUTER_SHARE),
+              dict(params=norms, weight_decay=0.0, share=NORM_SHARE)]
+    muon = [dict(params=matrices, paired=False, share=1.0), dict(params=paired, paired=True, share=1.0)]
+    return [Muon([group for group in muon if group["params"]], lr=0.0),
+            torch.optim.AdamW([group for group in groups if group["params"]], **adam)]
+
+
+def lr_factor(stage: Stage, step: int, steps: int) -> float:
+    """Fraction of the peak at a step: 2 % linear warm-up, then cosine or linear down to stage.final_lr."""
+    warmup = max(1, steps // 50)
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    curve = 0.5 * (1 + math.cos(math.pi * progress)) if stage.decay == "cosine" else 1 - progress
+    return stage.final_lr + (1 - stage.final_lr) * curve
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One stage
+
+
+def train_step(model, opts, stage: Stage, batches: Batches, step: int, steps: int, micro_rows: int) -> dict:
+    """One optimizer step. Gradients of `micro_rows` rows at a time are accumulated to the stage's batch."""
+    device = model.model.embed_tokens.weight.device
+    factor = lr_factor(stage, step, steps)
+    inputs, targets = batches.batch(step, stage.batch // stage.context)    # [B, T]
+    wanted = (targets != -100).sum()
+    total, load, dropped = 0.0, None, 0.0
+    for x, y in zip(inputs.split(micro_rows), targets.split(micro_rows)):
+        # Rows hold different numbers of answer tokens: weight each part by its own, or the split would change the loss.
+        share = (y != -100).sum() / wanted
+        dtype = matmul_dtype(device)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            loss, routing = model(x.to(device), y.to(device), capacity_factor=stage.capacity)
+            objective = loss
+            if routing is not None:
+                objective = loss + model.config.z_loss * routing.z_loss + model.config.balance_loss * routing.balance_loss
+        (objective * share).backward()
+        total += loss.item() * share.item()
+        if routing is not None:
+            load = routing.load if load is None else load + routing.load
+            dropped += routing.dropped.item() * share.item()
+    if not torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).isfinite():
+        total = math.nan            # a finite loss can have an infinite gradient
+    if math.isfinite(total):        # one bad batch must not poison the weights for ever
+        for opt in opts:
+            for group in opt.param_groups:
+                group["lr"] = stage.peak_lr * factor * group["share"]
+            opt.step()
+        if load is not None and stage.bias_rate:
+            # The balancing step falls with the learning rate: a constant 1e-2 keeps tokens hopping between experts to the end.
+            model.update_expert_bias(load, stage.bias_rate * factor)
+    for opt in opts:
+        opt.zero_grad()
+    return {"loss": total, "load": load, "dropped": dropped}
+
+
+class Progress:
+    """The live line on a terminal, plain lines elsewhere, and log.jsonl."""
+
+    def __init__(self, run: Path, name: str, steps: int, batch: int):
+        self.log, self.name, self.steps, self.batch = run / "log.jsonl", name, steps, batch
+        self.began = self.printed = time.time()
+        self.first_step = None
+
+    def show(self, step: int, record: dict, last: bool):
+        now = time.time()
+        if self.first_step is None:
+            self.first_step, self.began = step, now     # the first step builds kernels; it would spoil the estimate
+            return
+        rate = (step - self.first_step) * self.batch / max(now - self.began, 1e-9)
+        record |= {"stage": self.name, "step": step + 1, "tokens_per_s": round(rate)}
+        with open(self.log, "a") as file:
+            file.write(json.dumps(record) + "\n")
+        terminal = sys.stdout.isatty()
+        if not last and not terminal and now - self.printed < 10:
+            return
+        self.printed = now
+        left = (self.steps - step - 1) * self.batch / max(rate, 1e-9)
+        balance = f"load {record['load']:.1f}:1 dropped {100 * record['dropped']:.1f}% | " if "load" in record else ""
+        line = (f"{self.name} {step + 1}/{self.steps} | loss {record['loss']:.3f} | {record['bits_per_byte']:.3f} bits/byte | "
+                f"{balance}{rate:,.0f} tok/s | {int(left) // 60}:{int(left) % 60:02d} left")
+        print(("\r\033[K" if terminal else "") + line, end="" if terminal and not last else "\n", flush=True)
+
+
+def train_stage(model: MobileMoE, name: str, stage: Stage, batches: Batches, prepared: dict, run: Path, *,
+                micro_rows: int = 0, resume: dict | None = None, save=None) -> dict:
+    """Run one stage to its end. -> summary: tokens, seconds, loss, load per layer and expert, dropped fraction.
+
+    `resume` is the state that `save(state)` was given in a run that was stopped. Raises UserError after five losses in a row
+    that are not finite.
+    """
+    steps = max(1, round(stage.tokens / stage.batch))
+    opts = optimizers(model, stages_for(model.config))
+    first, seconds, bad = 0, 0.0, 0
+    if resume:
+        model.load_state_dict(resume["model"])
+        for opt, state in zip(opts, resume["optimizers"]):
+            opt.load_state_dict(state)
+        first, seconds = resume["step"], resume["seconds"]
+        if first >= steps:
+            raise UserError(f"{name} was stopped after step {first}, which is past the {steps} asked for now")
+    if stage.int4:
+        attach(model)
+    progress = Progress(run, name, steps, stage.batch)
+    glance = None                   # 16 windows from all over the held-out prose; the report measures all of it
+    for held in list(prepared["heldout"].values())[:1]:
+        spread = range(0, len(held["ids"]), max(stage.context, len(held["ids"]) // 16))
+        ids = torch.cat([held["ids"][start:start + stage.context] for start in spread])
+        glance = ids, held["bytes"] * len(ids) / len(held["ids"]), stage.context
+    bpb, load_sum, dropped_sum, window = float("nan"), 0, 0.0, 0
+    began = saved = time.time()
+    save_cost = 0.0
+    for step in range(first, steps):
+        result = train_step(model, opts, stage, batches, step, steps, micro_rows or stage.batch)
+        bad = 0 if math.isfinite(result["loss"]) else bad + 1
+        if bad == 5:
+            raise UserError(f"{name}: the loss is not a number five steps in a row (step {step + 1}); lower the learning rate")
+        window += 1
+        if result["load"] is not None:
+            load_sum, dropped_sum = load_sum + result["load"], dropped_sum + result["dropped"]
+        last = step + 1 == steps
+        if glance and (last or step % max(1, steps // 10) == 0):
+            bpb = bits_per_byte(model, *glance)
+        if last or step % 5 == 0:
+            record = {"loss": round(result["loss"], 4), "bits_per_byte": round(bpb, 4)}
+            if result["load"] is not None:
+                record |= {"load": round((load_sum.amax(1) / load_sum.mean(1)).max().item(), 2),
+                           "dropped": round(dropped_sum / window, 4)}
+            progress.show(step, record, last)
+            if not last:
+                load_sum, dropped_sum, window = 0, 0.0, 0
+        # Saving may cost at most a twentieth of the time, and at most a minute of work can be lost.
+        if save and not last and time.time() - saved > max(60, 20 * save_cost):
+            start = time.time()
+            save({"model": master_state_dict(model), "optimizers": [opt.state_dict() for opt in opts], "step": step + 1,
+                  "seconds": seconds + start - began})
+            saved, save_cost = time.time(), time.time() - start
+    summary = {"stage": name, "tokens": steps * stage.batch, "seconds": seconds + time.time() - began, "loss": result["loss"]}
+    if result["load"] is not None:
+        summary |= {"load": load_sum.tolist(), "dropped": dropped_sum / window}
+    return summary
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints: what one stage hands to the next
+
+
+def write_checkpoint(path: Path, model: MobileMoE, prepared: dict, stage_name: str, stage: Stage, history: list[dict]):
+    """A plain dict of tensors, numbers and strings. The held-out text travels along, so any later script can measure."""
+    config = dataclasses.replace(model.config, max_context=max(model.config.max_context, stage.context))
+    checkpoint = {"format": "mobilemoe/1", "config": dataclasses.asdict(config), "stage": stage_name,
+                  "step": round(stage.tokens / stage.batch), "quantized": stage.int4, "context": stage.context,
+                  "model": master_state_dict(model), "tokenizer": prepared["tokenizer"], "heldout": prepared["heldout"],
+                  "xz": prepared["xz"], "questions": prepared["questions"], "history": history}
+    with atomic_write(path) as file:
+        torch.save(checkpoint, file)
+
+
+def write_resume_state(run: Path, stage_name: str, state: dict):
+    """Keep the last two: a machine that dies while one is written still has the other."""
+    newest, older = run / "resume.pt", run / "resume.old.pt"
+    if newest.exists():
+        newest.replace(older)
+    with atomic_write(newest) as file:
+        torch.save({"stage": stage_name, **state}, file)
+
+
+def read_resume_state(run: Path, stage_name: str) -> dict | None:
+    """The newest readable state of that stage; None if it never got as far as a save."""
+    for path in (run / "resume.pt", run / "resume.old.pt"):
+        if not path.exists():
+            continue
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception:           # as in load_checkpoint: damage shows itself in many ways
+            print(f"{path} is damaged: falling back to the save before it", file=sys.stderr)
+            continue
+        if state["stage"] == stage_name:
+            print(f"{stage_name}: resuming after step {state['step']}", flush=True)
+            return state
+    return None
+
+
+def run_stage(name: str, run: Path, args, prepared: dict, device: torch.device) -> None:
+    """Load what the stage starts from, train, measure, sample, save."""
+    position = STAGES.index(name)
+    if position:
+        before = load_checkpoint(run / f"{STAGES[position - 1]}.pt")
+        config, history = config_from_dict(before["config"]), before["history"]
+    else:
+        config, history = args.config, []
+    torch.manual_seed(args.seed)
+    model = MobileMoE(config)
+    if position:
+        model.load_state_dict(before["model"])
+    model.to(device)
+    stage = stages_for(config)[name]
+    if args.tokens:
+        stage = dataclasses.replace(stage, tokens=args.tokens)
+    batches = Batches(prepared, stage, args.seed + position)
+    summary = train_stage(model, name, stage, batches, prepared, run, micro_rows=args.micro_rows,
+                          resume=read_resume_state(run, name) if args.resume else None,
+                          save=lambda state: write_resume_state(run, name, state))
+    encoding = tokenizer_from_dict(prepared["tokenizer"])
+    summary["bits_per_byte"] = heldout_bits_per_byte(model, {"context": stage.context, "heldout": prepared["heldout"]})
+    summary["sample"] = sample(model, encoding, prepared, chat="chat" in stage.mixture)
+    write_checkpoint(run / f"{name}.pt", model, prepared, name, stage, [*history, summary])
+    print(f"{name}: {summary['seconds']:.0f} s; held-out bits per byte "
+          + ", ".join(f"{d} {b:.3f}" for d, b in summary["bits_per_byte"].items()) + f" -> {run / name}.pt\n"
+          + "\n".join("    " + line for line in summary["sample"].splitlines()), flush=True)
+
+
+def sample(model: MobileMoE, encoding, prepared: dict, chat: bool) -> str:
+    """What the model says: to held-out questions if it chats, after the first lines of held-out docstrings otherwise."""
+    def continue_(prompt):
+        stop = tuple(encoding.encode_single_token(token) for token in ("<|eot_id|>", "<|begin_of_text|>"))
+        stop += tuple(range(encoding.n_vocab, model.config.vocab_size))    # a vocabulary may have more room than tokens
+        return encoding.decode(generate(model, prompt, 96, temperature=0.5, top_p=0.9, stop=stop))
+    if chat:
+        return "\n".join(f"Q: {question}\nA: {continue_(encode_chat(encoding, [dict(role='user', content=question)], True))}"
+                         for question in prepared["questions"])
+    begin = encoding.encode_single_token("<|begin_of_text|>")
+    samples = []
+    for held in list(prepared["heldout"].values())[:1]:
+        starts = (held["ids"] == begin).nonzero().flatten()
+        for start in starts[len(starts) // 6::max(1, len(starts) // 3)].tolist():          # three documents
+            opening = encoding.decode(held["ids"][start + 1:start + 64].tolist()).split("\n")[0] + "\n\n"
+            samples.append(opening + continue_([begin, *encoding.encode_ordinary(opening)]))
+    return "\n\n".join(samples)
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Report
+
+
+def write_report(run: Path, exported: str, minutes: float) -> str:
+    """report.md (returned) from the last checkpoint's history; report.png where matplotlib is installed."""
+    checkpoint = load_checkpoint(run / "qat.pt")
+    config, history = config_from_dict(checkpoint["config"]), checkpoint["history"]
+    domains = list(checkpoint["heldout"])
+    lines = [f"# Report of {run}", "", f"{config.active_params() / 1e6:.1f}M active of {config.total_params() / 1e6:.1f}M "
+             f"parameters, {config.n_layers} layers, d_model {config.d_model}, {config.n_routed} routed experts "
+             f"(top {config.active_routed}){' and a shared one' if config.shared_expert else ''}; {minutes:.1f} minutes "
+             f"in all on {torch.get_num_threads()} threads", "",
+             "| stage | tokens | minutes | tokens/s | load max:mean | dropped | " + " | ".join(domains) + " |",
+             "|---|" + "---:|" * (5 + len(domains)),
+             "| `xz -9e` | | | | | | " + " | ".join(f"{checkpoint['xz'][d]:.3f}" for d in domains) + " |"]
+    for row in history:
+        balance = "| |"
+        if "load" in row:
+            load = torch.tensor(row["load"])                               # [layers, E]
+            balance = f"{(load.amax(1) / load.mean(1)).max():.1f} | {100 * row['dropped']:.1f} % |"
+        lines.append(f"| {row['stage']} | {row['tokens'] / 1e6:.2f}M | {row['seconds'] / 60:.1f} | "
+                     f"{row['tokens'] / row['seconds']:,.0f} | {balance} "
+                     + " | ".join(f"{row['bits_per_byte'][d]:.3f}" for d in domains) + " |")
+    lines += ["", "Held-out bits per byte by domain; load is the busiest expert of the worst layer against the mean.", "",
+              "| INT4 | " + " | ".join(domains) + " |", "|---|" + "---:|" * len(domains)]
+    for name, row in post_training_report(run / "sft.pt"):
+        lines.append(f"| {name} | " + " | ".join(f"{row[d]:.4f}" for d in domains) + " |")
+    lines += ["", "The exported file, and what unmodified llama.cpp answers from it to held-out questions:", "",
+              "```", exported, "```", ""]
+    for row in history:
+        lines += [f"A sample after {row['stage']}:", "", "```", row["sample"], "```", ""]
+    text = "\n".join(lines)
+    with atomic_write(run / "report.md") as file:
+        file.write(text.encode())
+    try:
+        draw_report(run, history)
+    except ImportError:
+        print("no report.png: `pip install matplotlib` draws it")
+    return text
+
+
+def draw_report(run: Path, history: list[dict]):
+    """Loss and held-out bits per byte over all tokens, expert load (balance per layer) at the end of each stage."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    records = [json.loads(line) for line in open(run / "log.jsonl")]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.5), width_ratios=(3, 2), layout="constrained")
+    start = 0
+    for color, row in zip(("tab:blue", "tab:green", "tab:orange", "tab:red"), history):
+        mine = [record for record in records if record["stage"] == row["stage"]]
+        if not mine:
+            continue
+        tokens = [start + record["step"] / mine[-1]["step"] * row["tokens"] / 1e6 for record in mine]
+        left.plot(tokens, [record["loss"] for record in mine], color=color, alpha=0.4, lw=1)
+        left.plot(tokens, [record["bits_per_byte"] for record in mine], color=color, lw=2, label=row["stage"])
+        start = tokens[-1]
+    left.set(xlabel="million tokens", title="training loss (thin, nats per token), held-out bits per byte (thick)", ylim=(0, 6))
+    left.legend()
+    left.grid(alpha=0.3)
+    loads = [(row["stage"], torch.tensor(row["load"])) for row in history if "load" in row]
+    for color, (name, load) in zip(("tab:blue", "tab:green", "tab:orange", "tab:red"), loads):
+        share = (load / load.mean(1, keepdim=True)).sort(dim=1, descending=True).values.mean(0)        # [E]
+        right.plot(share, color=color, label=name)
+    right.axhline(1, color="black", lw=0.8, ls=":")
+    right.set(xlabel="expert, busiest first (mean over layers)", title="tokens per expert against the mean", ylim=(0, None))
+    right.legend()
+    right.grid(alpha=0.3)
+    with atomic_write(run / "report.png") as file:
+        figure.savefig(file, dpi=110, format="png")
+    plt.close(figure)
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def read_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", nargs="?", default="all", help=f"all (default), {', '.join(STAGES)}")
+    parser.add_argument("--preset", default="tiny", help=f"one of {', '.join(PRESETS)} (%(default)s)")
+    parser.add_argument("--config", metavar="FILE", help="a JSON file of config fields, in place of a preset")
+    parser.add_argument("--run", type=Path, metavar="FOLDER", help="where checkpoints and reports go (runs/PRESET)")
+    parser.add_argument("--data", metavar="FOLDER", help="folder of .txt, .jsonl or .jsonl.gz in place of the embedded corpus")
+    parser.add_argument("--tokenizer", metavar="FILE", help="a tiktoken rank file, such as Llama-3's tokenizer.model")
+    parser.add_argument("--tokens", type=float, help="train this stage on so many tokens instead of the table's")
+    parser.add_argument("--micro-rows", type=int, default=0, help="rows in memory at a time, the rest accumulated")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", action="store_true", help="continue a run that was stopped")
+    args = parser.parse_args()
+    if args.stage not in ("all", *STAGES):
+        raise UserError(f"unknown stage {args.stage!r}: choose all, {', '.join(STAGES)}")
+    if args.preset not in PRESETS:
+        raise UserError(f"unknown preset {args.preset!r}: choose {', '.join(PRESETS)}")
+    if args.tokens is not None and (args.stage == "all" or not 1 <= args.tokens < math.inf):
+        raise UserError("--tokens wants a single stage and a number of at least 1")
+    if args.seed < 0 or args.micro_rows < 0:
+        raise UserError("--seed and --micro-rows cannot be negative")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"no device {args.device!r} on this computer: leave --device out, or say cpu") from None
+    args.run = args.run or Path("runs") / (Path(args.config).stem if args.config else args.preset)
+    if args.config:
+        try:
+            args.config = config_from_dict(json.loads(Path(args.config).read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"cannot read the config {args.config}: {error}") from None
+    else:
+        args.config = PRESETS[args.preset]
+    return args
+
+
+def main():
+    args, start = read_arguments(), time.time()
+    run, everything = args.run, args.stage == "all"
+    finished = [name for name in STAGES if (run / f"{name}.pt").exists()]
+    if everything and not args.resume and (finished or (run / "resume.pt").exists()):
+        raise UserError(f"{run} already holds a run: --resume continues it, --run FOLDER starts another")
+    if not everything and (position := STAGES.index(args.stage)) and STAGES[position - 1] not in finished:
+        before = STAGES[position - 1]
+        raise UserError(f"{args.stage} starts from {run / before}.pt, which is missing: "
+                        f"`python train.py {before} --run {run}` makes it")
+    device = torch.device(args.device)
+    prepared = prepare_data(run, args.data, args.tokenizer, args.config.vocab_size)
+    stages = STAGES if everything else (args.stage,)
+    if set(stages) & {"sft", "qat"} and not len(prepared["chat"]["lengths"]):
+        if not finished:            # or the next attempt would not look into the folder again
+            (run / "tokens.pt").unlink()
+        raise UserError(f"{args.data or run / 'tokens.pt'} holds no conversations, which sft and qat learn from: add .jsonl "
+                        'lines with "messages", or run only `train.py pretrain` and `train.py midtrain`')
+    for name in stages:
+        if not (everything and name in finished):
+            run_stage(name, run, args, prepared, device)
+            for leftover in (*run.glob("resume*.pt"), *run.glob(".*.part")):      # .part: a save that was killed
+                leftover.unlink()
+    if everything:
+        gguf = run / "mobilemoe.gguf"
+        export = Path(__file__).with_name("export_mobile.py")
+        command = [sys.executable, export, run / "qat.pt", "--out", gguf]
+        if importlib.util.find_spec("xllamacpp"):
+            command += [word for question in prepared["questions"] for word in ("--ask", question)]
+        exported = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        if exported.returncode:
+            sys.exit(2)             # it has said why
+        print("\n" + write_report(run, exported.stdout.strip(), (time.time() - start) / 60))
+
+
+if __name__ == "__main__":
+    run_main(main)
