@@ -260,7 +260,7 @@ def make_problem(rng: random.Random) -> Problem:
         a, b, answer = n * digit, digit, n
         steps = f"{high} / {digit} = {tens}, {low} / {digit} = {ones}, {tens} + {ones} = {n}"
     else:
-        a, b, sign = rng.randint(n, rng.choice((99, 999))), n, 1 if operation == "+" else -1
+        a, b, sign = rng.randint(n, 99), n, 1 if operation == "+" else -1
         middle, answer = a + sign * tens, a + sign * n
         steps = f"{a} {operation} {tens} = {middle}, {middle} {operation} {ones} = {answer}"
     return Problem(operation, a, b, f"{a} {operation} {b}", steps, str(answer))

@@ -198,8 +198,8 @@ def heldout_items(corpus: data.Corpus, checkpoint: dict, path: Path) -> tuple[li
     for domain, documents in corpus.heldout.items():
         ids = checkpoint["heldout"].get(domain, {"ids": []})["ids"]
         if not np.array_equal(data.tokenize_documents(documents, encoding), np.asarray(ids)):
-            raise UserError(f"{path} was trained on other {domain} than this: give the --data FOLDER of its training, or the "
-                            "versions of Python, NumPy and PyTorch whose documentation it learned (what is held out must match)")
+            raise UserError(f"{path} was trained on other {domain} than this, so what is held out may differ: give the --data "
+                            "FOLDER of its training, or use the Python, NumPy and PyTorch whose documentation it learned")
     return quiz_items(corpus.sft_heldout), arithmetic_items(corpus.sft_heldout, corpus.heldout["maths"])
 
 
@@ -325,7 +325,7 @@ def llama_cpp_log_likelihoods(path: Path, sequences: list[tuple[list[int], int]]
         except UnicodeDecodeError:
             return False
     odd = [token for token in {token for ids, first in sequences for token in ids[first:]} if not whole(token)]
-    question = json.dumps({"path": str(path), "sequences": [[list(map(int, ids)), first] for ids, first in sequences], "odd": odd})
+    question = json.dumps({"path": str(path), "sequences": sequences, "odd": odd})
     child = subprocess.run([sys.executable, __file__, "--ask-llama-cpp"], input=question, capture_output=True, text=True,
                            errors="replace")
     if child.returncode:
@@ -364,7 +364,8 @@ def ask_llama_cpp():
         if content["id"] != token:
             raise RuntimeError(f"error: asked for token {token}, the server chose {content['id']}")
         return max(content["logprob"], -104.0)      # a probability below float32's smallest comes as -3.4e38
-    totals = [sum(log_probability(ids[:end], ids[end]) for end in range(first, len(ids))) for ids, first in question["sequences"]]
+    totals = [sum(log_probability(ids[:end], ids[end]) for end in range(first, len(ids)))
+              for ids, first in question["sequences"]]
     print("\n" + json.dumps(totals))
     sys.stdout.flush()
 
@@ -400,9 +401,8 @@ def compare_with_llama_cpp(path: Path, subject: Subject, items: list[Item], our_
     for name, row, score in zip((f"{subject.path}, PyTorch", f"{path}, llama.cpp"), rows, scores):
         lines.append(f"| {name} | " + " | ".join(f"{value:.4f}" for value in row) + f" | {score} |")
     gap = max((abs(a - b) for a, b in zip(*rows)), default=0.0)
-    lines += ["", f"Largest difference {gap:.4f} bits per byte" + (
-        f"; the same answer to {100 * np.mean(answers[0] == answers[1]):.1f} % of {len(items)} quiz questions." if items else ".")]
-    return "\n".join(lines)
+    agree = f"; the same answer to {np.mean(answers[0] == answers[1]):.1%} of {len(items)} quiz questions" if items else ""
+    return "\n".join([*lines, "", f"Largest difference {gap:.4f} bits per byte{agree}."])
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Routing: which experts each domain uses
@@ -426,8 +426,9 @@ def expert_loads(subject: Subject) -> dict[str, Tensor]:
         loads[domain] = torch.zeros(2, c.n_layers, c.n_routed)
         with parametrize.cached():
             for half in (0, 1):
-                hooks = [router.register_forward_hook(lambda _, inputs, output, layer=layer: loads[domain][half, layer].add_(
-                    output[2].load)) for layer, router in enumerate(routers)]
+                def count(router, inputs, output, load=loads[domain][half]):       # load [layers, E]
+                    load[routers.index(router)] += output[2].load
+                hooks = [router.register_forward_hook(count) for router in routers]
                 for i in chosen[half::2]:
                     model(held["ids"][None, i * T:(i + 1) * T].long())
                 for hook in hooks:
@@ -483,7 +484,7 @@ def routing_summary(names: list[str], reports: list[RoutingReport]) -> str:
                      + " | ".join(f"{report.between[pair]:.2f}" for pair in pairs)
                      + (" | |" if before is None else f" | {before:.2f} |"))
     lines += ["", f"max:mean is the busiest expert of the worst layer; in use, exp(entropy) out of {E} experts; pairs and "
-              "'within a domain', the part of the routes that two texts share; as before, that of a domain with itself one row up."]
+              "'within a domain', the part of the routes that two texts share; as before, that of a domain and its row above."]
     last, name = reports[-1], names[-1]
     if pairs:
         near, far = max(pairs, key=last.between.get), min(pairs, key=last.between.get)
@@ -494,10 +495,8 @@ def routing_summary(names: list[str], reports: list[RoutingReport]) -> str:
                      f"and {far[1]} ({last.between[far]:.2f}).")
     if len(reports) > 1:
         change = {d: last.in_use(d) - reports[0].in_use(d) for d in domains}
-        wider = [d for d in domains if change[d] > 0]
-        lines.append(f"From {names[0]} to {name} the experts in use grow for {', '.join(wider) or 'no domain'}"
-                     + (f" and shrink for {', '.join(d for d in domains if d not in wider)}" if len(wider) < len(domains) else "")
-                     + f" (mean {np.mean(list(change.values())):+.1f} of {E}).")
+        lines.append(f"From {names[0]} to {name} the number of experts in use changes by "
+                     + ", ".join(f"{change[d]:+.1f} ({d})" for d in domains) + f" out of {E}.")
     return "\n".join(lines)
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -572,8 +571,9 @@ MOBILEMOE14 = {
     "hellaswag": ("HellaSwag", "acc_norm", 58.9), "piqa": ("PIQA", "acc_norm", 75.4), "social_iqa": ("SIQA", "acc", 46.8),
     "winogrande": ("WinoGrande", "acc", 58.6), "mmlu": ("MMLU", "acc", None), "nq_open": ("NQ", "exact_match", None),
     "triviaqa": ("TriviaQA", "exact_match", None), "arc_easy": ("ARC-e", "acc_norm", 73.9),
-    "arc_challenge": ("ARC-c", "acc_norm", None), "openbookqa": ("OpenBookQA", "acc_norm", 34.6), "boolq": ("BoolQ", "acc", 60.2),
-    "drop": ("DROP", "f1", None), "gsm8k": ("GSM8K", "exact_match", None), "bbh": ("BBH", "exact_match", None)}
+    "arc_challenge": ("ARC-c", "acc_norm", None), "openbookqa": ("OpenBookQA", "acc_norm", 34.6),
+    "boolq": ("BoolQ", "acc", 60.2), "drop": ("DROP", "f1", None), "gsm8k": ("GSM8K", "exact_match", None),
+    "bbh": ("BBH", "exact_match", None)}
 PAPER_AVERAGES = "The paper's averages over all 14: S 46.5, M 55.4, L 59.8; after INT4 QAT 44.0, 52.5, 57.8."
 
 

@@ -628,8 +628,8 @@ def summarise(model: Model, context: int, answers: list[dict], ceiling: dict, ar
 def profile(device, models: list[Model], contexts: list[int], args) -> dict:
     """All measurements. The models take turns within each repeat: what slows the device slows both."""
     longest = max(contexts)
-    texts = corpus_texts(8 * longest)
     ceiling = device.ceilings()
+    texts = corpus_texts(8 * longest)
     prompts = {model.name: device.prompts(model, texts, longest) for model in models}
     answers = {(model.name, context): [] for model in models for context in contexts}
     for repeat in range(args.repeats):

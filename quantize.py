@@ -55,9 +55,10 @@ def dequantize(q: Tensor, scale: Tensor, dim: int) -> Tensor:
 def int8_round_trip(x: Tensor) -> Tensor:
     """Activations as the phone sees them, blocks of 32 along the last dimension: [..., n] -> the same shape and dtype."""
     blocks = x.float().unflatten(-1, (-1, GROUP))                          # [..., n/32, 32]
-    scale = blocks.abs().amax(-1, keepdim=True) / 127                      # [..., n/32, 1]
-    q = (blocks / scale.clamp_min(1e-30)).round_()
-    return (q * scale.half().float()).flatten(-2).to(x.dtype)              # llama.cpp divides in FP32, stores the scale in FP16
+    largest = blocks.abs().amax(-1, keepdim=True)                          # [..., n/32, 1]
+    # To the letter as llama.cpp does it: multiply by 127 / max in FP32, but keep the scale in FP16.
+    q = (blocks * (127 / largest.clamp_min(1e-30))).round_()
+    return (q * (largest / 127).half().float()).flatten(-2).to(x.dtype)
 
 
 class StraightThrough(torch.autograd.Function):

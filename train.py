@@ -64,7 +64,8 @@ STAGES = ("pretrain", "midtrain", "sft", "qat")
 
 # The paper's domains: web is prose here, knowledge includes science. SFT and QAT mix conversations as the data has them.
 BROAD, FOCUS = dict(prose=62, maths=11.6, code=10, knowledge=16.4), dict(prose=9, maths=21, code=22, knowledge=48)
-DOCS, CHAT = dict(prose=60, maths=15, code=10, knowledge=15), dict(chat=60, prose=25, code=5, knowledge=5, maths=5)
+DOCS, REPLAY = dict(prose=60, maths=15, code=10, knowledge=15), dict(chat=45, prose=35, code=8, knowledge=6, maths=6)
+CHAT = dict(chat=65, prose=20, code=5, knowledge=5, maths=5)
 PAPER = {   #           tokens  context   batch     peak  decay     final  capacity  bias   mixture
     "pretrain": Stage(    6e12,    2048, 2 ** 22,   4e-4, "cosine",   0.1,     1.5,  1e-3, BROAD),
     "midtrain": Stage(  500e9,     8192, 2 ** 22,   4e-5, "linear",   0.0,     1.5,  1e-3, FOCUS),
@@ -76,8 +77,8 @@ PAPER = {   #           tokens  context   batch     peak  decay     final  capac
 TINY = {
     "pretrain": Stage(   2.6e6,     256,    4096,   0.02, "cosine",   0.3,     1.5,  1e-2, BROAD),
     "midtrain": Stage(   1.0e6,     512,    4096,  0.006, "linear",   0.0,     1.5,  1e-2, DOCS),
-    "sft":      Stage(   0.4e6,     512,    4096,  0.004, "cosine",   0.0,    None,     0, CHAT),
-    "qat":      Stage(  0.25e6,     512,    4096,  0.002, "cosine",   0.0,    None,     0, CHAT, int4=True),
+    "sft":      Stage(   0.5e6,     512,    4096,  0.005, "cosine",   0.0,    None,     0, CHAT),
+    "qat":      Stage(  0.25e6,     512,    4096,  0.002, "cosine",   0.0,    None,     0, REPLAY, int4=True),
 }
 TEST = {name: dataclasses.replace(stage, tokens=8 * 256, context=64 if name == "pretrain" else 128, batch=256)
         for name, stage in TINY.items()}
@@ -96,14 +97,19 @@ def stages_for(config: Config) -> dict[str, Stage]:
 def prepare_data(run: Path, folder: str | None, tokenizer_file: str | None, vocab_size: int) -> dict:
     """Corpus -> tokenizer -> token streams, as a dict that torch.save can write.
 
-    {"tokenizer": ..., "train": {domain: ids}, "heldout": {domain: {"ids", "bytes"}}, "chat": {"ids", "mask", "lengths"}, "xz"}
+    {"source", "tokenizer", "train": {domain: ids}, "heldout": {domain: {"ids", "bytes"}}, "xz": {domain: bits per byte},
+    "questions": held-out ones, "chat": {"ids", "mask", "lengths"}}
     """
     path = run / "tokens.pt"
+    source = [str(folder or ""), str(tokenizer_file or "")]
     if path.is_file():
         try:
-            return torch.load(path, weights_only=True)
+            prepared = torch.load(path, weights_only=True)
         except Exception:           # as in load_checkpoint: damage shows itself in many ways
             raise UserError(f"{path} is damaged: delete it, and the run's checkpoints, which know only its tokenizer") from None
+        if any(given not in ("", made) for given, made in zip(source, prepared["source"])):
+            raise UserError(f"{path} was made from other --data or --tokenizer: leave them out, or start another --run")
+        return prepared
     start = time.time()
     print("data: " + (f"reading {folder}" if folder else "documentation and source of Python, NumPy and PyTorch"), flush=True)
     corpus = data.folder_corpus(folder) if folder else data.embedded_corpus()
@@ -119,7 +125,7 @@ def prepare_data(run: Path, folder: str | None, tokenizer_file: str | None, voca
         encoding = data.make_tokenizer(data.train_bpe(texts, vocab_size), "mobilemoe")
     if encoding.n_vocab > vocab_size:
         raise UserError(f"the tokenizer has {encoding.n_vocab:,} tokens, the model's vocabulary only {vocab_size:,}")
-    prepared = {"tokenizer": data.tokenizer_to_dict(encoding), "train": {}, "heldout": {}, "xz": {}}
+    prepared = {"source": source, "tokenizer": data.tokenizer_to_dict(encoding), "train": {}, "heldout": {}, "xz": {}}
     for domain in data.DOMAINS:
         prepared["train"][domain] = torch.from_numpy(data.tokenize_documents(corpus.train[domain], encoding))
         if held := corpus.heldout[domain]:
