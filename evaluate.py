@@ -401,7 +401,11 @@ def compare_with_llama_cpp(path: Path, subject: Subject, items: list[Item], our_
     for name, row, score in zip((f"{subject.path}, PyTorch", f"{path}, llama.cpp"), rows, scores):
         lines.append(f"| {name} | " + " | ".join(f"{value:.4f}" for value in row) + f" | {score} |")
     gap = max((abs(a - b) for a, b in zip(*rows)), default=0.0)
-    agree = f"; the same answer to {np.mean(answers[0] == answers[1]):.1%} of {len(items)} quiz questions" if items else ""
+    agree = ""
+    if items:
+        ours, theirs = (quiz_answers(items, part, per_byte=True) for part in (our_quiz, theirs[len(sequences):]))
+        agree = (f"; the same answer to {np.mean(answers[0] == answers[1]):.1%} of {len(items)} quiz questions, "
+                 f"{np.mean(ours == theirs):.1%} when scored per byte")
     return "\n".join([*lines, "", f"Largest difference {gap:.4f} bits per byte{agree}."])
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -612,7 +612,6 @@ def atomic_write(path: str | Path):
         with open(temporary, "wb") as file:
             yield file
             file.flush()
-            os.fchmod(file.fileno(), 0o644)     # mkstemp's 0600 would lock a shared file away from everyone else
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:

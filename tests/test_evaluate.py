@@ -44,7 +44,8 @@ def some_ids(count, seed=0):
     return torch.randint(0, 500, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-@pytest.mark.parametrize("length, first, context", [(2, 1, 8), (9, 1, 8), (10, 1, 8), (100, 1, 8), (100, 60, 8), (100, 99, 7), (5, 3, 1)])
+@pytest.mark.parametrize("length, first, context", [
+    (2, 1, 8), (9, 1, 8), (10, 1, 8), (100, 1, 8), (100, 60, 8), (100, 99, 7), (5, 3, 1)])
 def test_windows_score_each_token_once_with_half_a_context_before_it(length, first, context):
     scored = []
     for start, begin, end in evaluate.windows(length, first, context):
@@ -212,12 +213,13 @@ def test_command_prints_tables_and_draws_pictures(finished_run, text_folder, cal
 
 
 def test_refuses_what_is_missing_or_wrong(finished_run, text_folder, refused, tmp_path):
-    sft, (broken := tmp_path / "x.gguf").write_bytes(b"GGUF nonsense")
+    broken, sft = tmp_path / "x.gguf", finished_run / "sft.pt"
+    broken.write_bytes(b"GGUF nonsense")
     for arguments, says in [
-            (["missing.pt"], "missing.pt"), ([finished_run / "sft.pt", "no.gguf"], "no.gguf"),
+            (["missing.pt"], "missing.pt"), ([sft, "no.gguf"], "no.gguf"),
             ([finished_run / "mobilemoe.gguf"], "beside"), ([text_folder / "prose.txt"], "prose.txt"),
-            ([finished_run / "sft.pt", "--data", "nowhere"], "nowhere"), ([finished_run / "sft.pt", "--out", "nowhere"], "nowhere"),
-            ([finished_run / "sft.pt", broken, "--data", text_folder, "--out", tmp_path], "x.gguf")]:
+            ([sft, "--data", "nowhere"], "nowhere"), ([sft, "--out", "nowhere"], "nowhere"),
+            ([sft, broken, "--data", text_folder, "--out", tmp_path], "x.gguf")]:
         assert says in refused(evaluate.main, *arguments)
 
 
@@ -267,8 +269,8 @@ def test_adapter_gives_the_log_likelihoods_of_a_plain_forward_pass(adapter):
     pairs = [("What is 3 + 7?", " 10."), ("", "Some text"), ("A context that ends in a space ", "and goes on"), ("x", "y")]
     found = adapter.loglikelihood([Request(*pair) for pair in pairs])
     for (context, continuation), (score, greedy) in zip(pairs, found):
-        ids, first = [begin, *encoding.encode_ordinary(context + continuation)], 1 + len(encoding.encode_ordinary(context.rstrip()))
-        first = min(first, len(ids) - 1)        # "xy" may be one token: then that token is scored
+        ids = [begin, *encoding.encode_ordinary(context + continuation)]
+        first = min(1 + len(encoding.encode_ordinary(context.rstrip())), len(ids) - 1)
         wanted, flag = plain(model, ids, first)
         assert (score, greedy) == (pytest.approx(wanted, abs=1e-4), flag)
     text = "a text for the rolling log-likelihood"
@@ -281,7 +283,7 @@ def test_adapter_generates_until(adapter):
     prompt = [encoding.encode_single_token("<|begin_of_text|>"), *encoding.encode_ordinary("Python is")]
     stop = tuple(encoding.encode_single_token(f"<|{name}|>") for name in ("eot_id", "end_of_text", "begin_of_text"))
     wanted = encoding.decode(generate(model, prompt, 8, temperature=0, stop=stop))
-    requests = [Request("Python is", {"until": [], "max_gen_toks": 8}), Request("Python is", {"until": wanted[1:3], "max_gen_toks": 8})]
+    requests = [Request("Python is", {"until": until, "max_gen_toks": 8}) for until in ([], wanted[1:3])]
     assert adapter.generate_until(requests) == [wanted, wanted.split(wanted[1:3])[0]]
     with pytest.raises(UserError, match="greedily"):
         adapter.generate_until([Request("x", {"do_sample": True, "temperature": 0.7})])
@@ -320,8 +322,9 @@ def test_the_papers_list_has_fourteen_tasks_that_lm_eval_knows():
     pytest.importorskip("lm_eval")
     import lm_eval
     assert len(evaluate.MOBILEMOE14) == 14
-    folder = Path(lm_eval.__file__).parent / "tasks"
-    texts = "\n".join(path.read_text() for name in ("hellaswag", "piqa", "siqa", "winogrande", "mmlu/default", "nq_open", "triviaqa",
-                      "arc", "openbookqa", "super_glue/boolq", "drop", "gsm8k", "bbh/cot_fewshot") for path in (folder / name).glob("*.yaml"))
+    folders = ("hellaswag", "piqa", "siqa", "winogrande", "mmlu/default", "nq_open", "triviaqa", "arc", "openbookqa",
+               "super_glue/boolq", "drop", "gsm8k", "bbh/cot_fewshot")
+    tasks = Path(lm_eval.__file__).parent / "tasks"
+    texts = "\n".join(path.read_text() for folder in folders for path in (tasks / folder).glob("*.yaml"))
     for name in evaluate.MOBILEMOE14:
         assert f"task: {name}\n" in texts or f"group: {name}\n" in texts, name
