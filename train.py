@@ -64,8 +64,9 @@ STAGES = ("pretrain", "midtrain", "sft", "qat")
 
 # The paper's domains: web is prose here, knowledge includes science. SFT and QAT mix conversations as the data has them.
 BROAD, FOCUS = dict(prose=62, maths=11.6, code=10, knowledge=16.4), dict(prose=9, maths=21, code=22, knowledge=48)
-DOCS, REPLAY = dict(prose=60, maths=15, code=10, knowledge=15), dict(chat=45, prose=35, code=8, knowledge=6, maths=6)
-CHAT = dict(chat=65, prose=20, code=5, knowledge=5, maths=5)
+# The embedded corpus is two thirds docstrings, and its language reference would go round too often at the paper's weight.
+DOCS, DOCS_FOCUS = dict(prose=78, maths=8, code=7, knowledge=7), dict(prose=68, maths=13, code=8, knowledge=11)
+CHAT, REPLAY = dict(chat=65, prose=20, code=5, knowledge=5, maths=5), dict(chat=45, prose=35, code=8, knowledge=6, maths=6)
 PAPER = {   #           tokens  context   batch     peak  decay     final  capacity  bias   mixture
     "pretrain": Stage(    6e12,    2048, 2 ** 22,   4e-4, "cosine",   0.1,     1.5,  1e-3, BROAD),
     "midtrain": Stage(  500e9,     8192, 2 ** 22,   4e-5, "linear",   0.0,     1.5,  1e-3, FOCUS),
@@ -75,10 +76,10 @@ PAPER = {   #           tokens  context   batch     peak  decay     final  capac
 # Minutes instead of months: much higher rates (peak_lr is Muon's, see `optimizers`), and conversations mixed with text, for a
 # few hundred steps on questions alone make so small a model forget how documentation reads.
 TINY = {
-    "pretrain": Stage(   2.6e6,     256,    4096,   0.02, "cosine",   0.3,     1.5,  1e-2, BROAD),
-    "midtrain": Stage(   1.0e6,     512,    4096,  0.006, "linear",   0.0,     1.5,  1e-2, DOCS),
-    "sft":      Stage(  0.45e6,     512,    4096,  0.005, "cosine",   0.0,    None,     0, CHAT),
-    "qat":      Stage(   0.2e6,     512,    4096,  0.002, "cosine",   0.0,    None,     0, REPLAY, int4=True),
+    "pretrain": Stage(  2.45e6,     256,    4096,   0.02, "cosine",   0.3,     1.5,  1e-2, DOCS),
+    "midtrain": Stage(  0.95e6,     512,    4096,  0.006, "linear",   0.0,     1.5,  1e-2, DOCS_FOCUS),
+    "sft":      Stage(  0.35e6,     512,    4096,  0.005, "cosine",   0.0,    None,     0, CHAT),
+    "qat":      Stage(  0.15e6,     512,    4096,  0.002, "cosine",   0.0,    None,     0, REPLAY, int4=True),
 }
 TEST = {name: dataclasses.replace(stage, tokens=8 * 256, context=64 if name == "pretrain" else 128, batch=256)
         for name, stage in TINY.items()}
