@@ -71,7 +71,7 @@ class Config:
     z_loss: float = 1e-4            # keeps router logits small (ST-MoE): without it they grow until FP32 sigmoids saturate
     balance_loss: float = 0.0       # the classic Switch loss, off: expert_bias balances without disturbing the gradient
     init_std: float = 0.02
-    zero_init_outputs: bool = False  # start every block as the identity; see train.py for what it is worth in short runs
+    zero_init_outputs: bool = False  # start every block as the identity
 
     def __post_init__(self):
         def require(ok: bool, message: str):
@@ -277,7 +277,7 @@ class Router(nn.Module):
     """Which A of the E experts a token goes to, and with which weights. FP32 whatever the autocast.
 
     BF16 has 8 bits of mantissa: two experts whose scores differ by less than 0.4 % would tie, and training and phone would
-    break the tie differently. The router is 0.1 % of the FLOPs; it is no place to save.
+    break the tie differently. The router holds 0.3 % of S's active weights; it is no place to save.
     """
 
     def __init__(self, config: Config):
@@ -301,6 +301,11 @@ class Router(nn.Module):
         balance_loss = c.n_routed * torch.dot(load / load.sum(), probability)
         z_loss = logits.logsumexp(-1).square().mean()
         return weights, experts, Routing(load.detach(), z_loss, balance_loss, torch.zeros_like(z_loss))
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The type autocast would give a matmul with `x`; its list knows neither grouped_mm nor index_copy, so we ask it."""
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
 
 
 class SwiGLU(nn.Module):
@@ -405,11 +410,6 @@ class MoE(nn.Module):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Block and model
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The type autocast would give a matmul with `x`; its list knows neither grouped_mm nor index_copy, so we ask it."""
-    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
 
 
 class LinearCrossEntropy(torch.autograd.Function):

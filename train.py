@@ -86,7 +86,7 @@ TEST = {name: dataclasses.replace(stage, tokens=8 * 256, context=64 if name == "
 
 
 def stages_for(config: Config) -> dict[str, Stage]:
-    """The paper's numbers for models of the paper's size, the scaled ones below 100M active parameters."""
+    """The paper's numbers for models of its size, the scaled ones below 100M active, eight steps for a test's vocabulary."""
     if config.vocab_size <= 1024:
         return TEST
     return PAPER if config.active_params() >= 100e6 else TINY
@@ -130,7 +130,7 @@ def prepare_data(run: Path, folder: str | None, tokenizer_file: str | None, voca
     for domain in data.DOMAINS:
         prepared["train"][domain] = torch.from_numpy(data.tokenize_documents(corpus.train[domain], encoding))
         if held := corpus.heldout[domain]:
-            # Measured eight times in a run: 200 kB a domain, from all over it, are plenty.
+            # Measured seven times in a run: 200 kB a domain, from all over it, are plenty.
             held = held[::math.ceil(sum(map(len, held)) / 200_000)]
             prepared["heldout"][domain] = {"ids": torch.from_numpy(data.tokenize_documents(held, encoding).astype(np.int32)),
                                            "bytes": sum(len(text.encode()) for text in held)}
@@ -222,7 +222,7 @@ def matmul_dtype(device: torch.device) -> torch.dtype:
 # AdamW's rates as fractions of Muon's, found in runs of `tiny` over 0.4M tokens, one seed each; held-out bits per byte of
 # docstrings after 0.35M: everything at 0.15 of Muon's 0.02: 2.52 (the dense twin: 2.53); at 0.4: 2.39, but a router that fast
 # keeps the load at 5:1 and drops 9 % of the routes; router back at 0.1: 2.37, load 1.5:1, 0.2 % dropped. Muon at 0.035 instead
-# of 0.02 was worse and dropped 9 %; initial weights of 0.05 instead of 0.02 made no difference beside these (2.41).
+# of 0.02 was worse and dropped 9 %; initial weights of 0.05 instead of 0.02 did no better (2.41).
 EMBEDDING_SHARE, ROUTER_SHARE, NORM_SHARE = 0.4, 0.1, 0.4
 
 
@@ -373,7 +373,7 @@ def train_stage(model: MobileMoE, name: str, stage: Stage, batches: Batches, pre
             progress.show(step, record, last)
             if not last:
                 load_sum, dropped_sum, window = 0, 0.0, 0
-        # Saving may cost at most a twentieth of the time, and at most a minute of work can be lost.
+        # Every minute, or less often where saving is slow: it may cost at most a twentieth of the time.
         if save and not last and time.time() - saved > max(60, 20 * save_cost):
             start = time.time()
             save({"model": master_state_dict(model), "optimizers": [opt.state_dict() for opt in opts], "step": step + 1,
