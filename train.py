@@ -40,7 +40,7 @@ from mobilemoe import (
     run_main,
     tokenizer_from_dict,
 )
-from quantize import attach, heldout_bits_per_byte, master_state_dict, post_training_report
+from quantize import attach, heldout_bits_per_byte, master_state_dict
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The table: what each stage does
@@ -99,7 +99,7 @@ def prepare_data(run: Path, folder: str | None, tokenizer_file: str | None, voca
     """Corpus -> tokenizer -> token streams, as a dict that torch.save can write.
 
     {"source", "tokenizer", "train": {domain: ids}, "heldout": {domain: {"ids", "bytes"}}, "xz": {domain: bits per byte},
-    "questions": held-out ones, "chat": {"ids", "mask", "lengths"}}
+    "questions": one of each kind of "sft_heldout" (JSON), "chat": {"ids", "mask", "lengths"}}
     """
     path = run / "tokens.pt"
     source = [str(folder or ""), str(tokenizer_file or "")]
@@ -130,13 +130,14 @@ def prepare_data(run: Path, folder: str | None, tokenizer_file: str | None, voca
     for domain in data.DOMAINS:
         prepared["train"][domain] = torch.from_numpy(data.tokenize_documents(corpus.train[domain], encoding))
         if held := corpus.heldout[domain]:
-            # Measured seven times in a run: 200 kB a domain, from all over it, are plenty.
-            held = held[::math.ceil(sum(map(len, held)) / 200_000)]
+            # Measured five times in a run: 100 kB a domain, from all over it, are plenty.
+            held = held[::math.ceil(sum(map(len, held)) / 100_000)]
             prepared["heldout"][domain] = {"ids": torch.from_numpy(data.tokenize_documents(held, encoding).astype(np.int32)),
                                            "bytes": sum(len(text.encode()) for text in held)}
             prepared["xz"][domain] = data.xz_bits_per_byte(held)
     chats = [data.encode_example(encoding, example["messages"]) for example in corpus.sft_train]
     unseen = {example["kind"]: example["messages"] for example in reversed(corpus.sft_heldout)}      # one of each kind
+    prepared["sft_heldout"] = json.dumps(corpus.sft_heldout)        # evaluate.py asks all of them, train.py one of each kind
     prepared["questions"] = [messages[0]["content"] for messages in unseen.values() if messages[0]["role"] == "user"]
     prepared["chat"] = {"ids": torch.tensor([i for ids, _ in chats for i in ids], dtype=torch.int32),
                         "mask": torch.tensor([m for _, mask in chats for m in mask], dtype=torch.bool),
@@ -394,7 +395,8 @@ def write_checkpoint(path: Path, model: MobileMoE, prepared: dict, stage_name: s
     checkpoint = {"format": "mobilemoe/1", "config": dataclasses.asdict(config), "stage": stage_name,
                   "step": round(stage.tokens / stage.batch), "quantized": stage.int4, "context": stage.context,
                   "model": master_state_dict(model), "tokenizer": prepared["tokenizer"], "heldout": prepared["heldout"],
-                  "xz": prepared["xz"], "questions": prepared["questions"], "history": history}
+                  "xz": prepared["xz"], "questions": prepared["questions"], "sft_heldout": prepared["sft_heldout"],
+                  "history": history}
     with atomic_write(path) as file:
         torch.save(checkpoint, file)
 
@@ -445,8 +447,13 @@ def run_stage(name: str, run: Path, args, prepared: dict, device: torch.device) 
                           resume=read_resume_state(run, name) if args.resume else None,
                           save=lambda state: write_resume_state(run, name, state))
     encoding = tokenizer_from_dict(prepared["tokenizer"])
-    summary["bits_per_byte"] = heldout_bits_per_byte(model, {"context": stage.context, "heldout": prepared["heldout"]})
+    measured, dtype = {"context": stage.context, "heldout": prepared["heldout"]}, matmul_dtype(device)
+    # In the precision of training; an INT4 model in FP32 on its lattice, which is what the phone computes.
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32 and not stage.int4):
+        summary["bits_per_byte"] = heldout_bits_per_byte(model, measured)
     summary["sample"] = sample(model, encoding, prepared, chat="chat" in stage.mixture)
+    if name == "sft":               # rounded without having been trained for it (PTQ): what QAT has to beat
+        summary["bits_per_byte_ptq"] = heldout_bits_per_byte(attach(model), measured)
     write_checkpoint(run / f"{name}.pt", model, prepared, name, stage, [*history, summary])
     print(f"{name}: {summary['seconds']:.0f} s; held-out bits per byte "
           + ", ".join(f"{d} {b:.3f}" for d, b in summary["bits_per_byte"].items()) + f" -> {run / name}.pt\n"
@@ -497,7 +504,9 @@ def write_report(run: Path, exported: str, minutes: float) -> str:
                      + " | ".join(f"{row['bits_per_byte'][d]:.3f}" for d in domains) + " |")
     lines += ["", "Held-out bits per byte by domain; load is the busiest expert of the worst layer against the mean.", "",
               "| INT4 | " + " | ".join(domains) + " |", "|---|" + "---:|" * len(domains)]
-    for name, row in post_training_report(run / "sft.pt"):
+    sft, qat = history[2:]
+    for name, row in (("sft, BF16", sft["bits_per_byte"]), ("sft, INT4 after training (PTQ)", sft["bits_per_byte_ptq"]),
+                      ("qat, INT4 in training (QAT)", qat["bits_per_byte"])):
         lines.append(f"| {name} | " + " | ".join(f"{row[d]:.4f}" for d in domains) + " |")
     lines += ["", "The exported file, and what unmodified llama.cpp answers from it to held-out questions:", "",
               "```", exported, "```", ""]
