@@ -230,9 +230,11 @@ def shard(model: MobileMoE) -> None:
     """
     if WORLD > 1:
         mesh = dist.init_device_mesh(next(model.parameters()).device.type, (WORLD,))
-        for block in model.model.layers:
-            fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+        for module in (*model.model.layers, model):
+            fully_shard(module, mesh=mesh)
+            # Gradients are to be summed (FSDP's default is the mean): each part's loss is already weighted by its share.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
 
 
 def whole(x: Tensor) -> Tensor:
@@ -385,7 +387,7 @@ def train_step(model, opts, stage: Stage, batches: Batches, step: int, steps: in
             objective = loss
             if routing is not None:
                 objective = loss + model.config.z_loss * routing.z_loss + model.config.balance_loss * routing.balance_loss
-        (objective * share * WORLD).backward()                             # FSDP takes the mean over ranks, we want the sum
+        (objective * share).backward()
         sums[0] += loss.detach() * share
         if routing is not None:
             load = routing.load if load is None else load + routing.load
