@@ -572,10 +572,12 @@ def run_stage(name: str, run: Path, args, prepared: dict, device: torch.device) 
     if args.tokens:
         stage = dataclasses.replace(stage, tokens=args.tokens)
     batches = Batches(prepared, stage, args.seed + position)
+    resume = read_resume_state(run, name) if args.resume else None
+    if resume and resume["seed"] != args.seed:
+        raise UserError(f"{run} was begun with --seed {resume['seed']}, which decides what comes next: give it again")
     summary = train_stage(model, name, stage, batches, prepared, run, micro_rows=args.micro_rows,
-                          recompute=args.checkpoint_activations,
-                          resume=read_resume_state(run, name) if args.resume else None,
-                          save=lambda state: RANK == 0 and write_resume_state(run, name, state))
+                          recompute=args.checkpoint_activations, resume=resume,
+                          save=lambda state: RANK == 0 and write_resume_state(run, name, {**state, "seed": args.seed}))
     weights = gather(master_state_dict(model))
     if RANK:
         return

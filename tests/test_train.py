@@ -202,7 +202,7 @@ def train_in_a_fork(arguments: list) -> int:
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
-def test_killed_at_random_moments_a_run_ends_as_if_it_had_not_been(kills, finished_run, tmp_path, call):
+def test_killed_at_random_moments_a_run_ends_as_if_it_had_not_been(kills, finished_run, tmp_path, call, refused):
     def arguments(name):
         (tmp_path / name).mkdir(exist_ok=True)
         shutil.copy(finished_run / "tokens.pt", tmp_path / name)
@@ -216,6 +216,7 @@ def test_killed_at_random_moments_a_run_ends_as_if_it_had_not_been(kills, finish
         time.sleep(moments.uniform(0, longest))
         os.kill(child, signal.SIGKILL)
         assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    assert "--seed 0" in refused(train.main, *arguments("killed"), "--seed", 1)
     code, out, err = call(train.main, *arguments("killed"))
     assert (code, err) == (0, "") and "pretrain: resuming after step" in out
     whole, killed = (load_checkpoint(tmp_path / name / "pretrain.pt") for name in ("whole", "killed"))
