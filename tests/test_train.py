@@ -38,8 +38,8 @@ def same_weights(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def an_hour_a_step(patch: pytest.MonkeyPatch) -> None:
-    """Put train.py on a clock by which every step takes an hour: it then saves after each."""
+def an_hour_a_step(patch: pytest.MonkeyPatch, only: int | None = None) -> None:
+    """Put train.py on a clock by which every step, or only one, takes an hour: it then saves after each."""
     clock, step = types.SimpleNamespace(now=0.0), train.train_step
 
     def tick():
@@ -47,7 +47,7 @@ def an_hour_a_step(patch: pytest.MonkeyPatch) -> None:
         return clock.now
 
     def slow_step(*arguments):
-        clock.now += 3600
+        clock.now += 3600 if only in (None, arguments[4]) else 0
         return step(*arguments)
     patch.setattr(train, "time", types.SimpleNamespace(time=tick))
     patch.setattr(train, "train_step", slow_step)
