@@ -573,7 +573,7 @@ def bits_per_byte(model: MobileMoE, ids, text_bytes: int, context: int, batch: i
 
     Loss per token depends on the tokenizer; bits per byte does not, and a general compressor's figure stands beside it.
     """
-    device = model.model.embed_tokens.weight.device
+    device = next(model.parameters()).device
     ids = torch.as_tensor(ids, dtype=torch.int64)
     starts = range(0, len(ids) - 1, context)        # windows overlap by one token: each is a target exactly once
     nats = 0.0

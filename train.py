@@ -4,6 +4,7 @@
     python train.py --resume                     go on with a run that was stopped
     python train.py sft --run runs/x             one stage, from the checkpoint of the stage before it
     python train.py --preset S --data TEXT --tokenizer tokenizer.model --run runs/S
+    torchrun --nproc_per_node=8 train.py ...    the same on eight GPUs, or processes; see `shard`
 
 The paper's recipe (section 4) in one table below, beside the one that two CPU cores can afford. Each stage ends in a checkpoint
 (runs/NAME/pretrain.pt, midtrain.pt, sft.pt, qat.pt); log.jsonl has every logged step; report.md and report.png sum up.
@@ -13,9 +14,12 @@ What it is not: the model is mobilemoe.py, the INT4 lattice quantize.py, corpus 
 """
 import argparse
 import dataclasses
+import datetime
+import functools
 import importlib.util
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -23,7 +27,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.utils.checkpoint
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 import data
 from mobilemoe import (
@@ -174,6 +182,98 @@ class Batches:
         return inputs, targets
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Many processes, one model. torchrun starts the same script WORLD times and tells each which one it is. On its own, the
+# script is rank 0 of 1, and everything here does nothing.
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def join_ranks(device: str) -> torch.device:
+    """Meet the other processes; -> the device of this one."""
+    if WORLD == 1:
+        return torch.device(device)
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    # A long limit: the others wait while rank 0 makes the tokens. Should a rank die, torchrun ends the others at once.
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=datetime.timedelta(hours=12))
+    if RANK:
+        sys.stdout = open(os.devnull, "w")      # one voice is enough; what goes wrong (stderr) all may say
+    return torch.device(device)
+
+
+def wait_for_ranks() -> None:
+    if WORLD > 1:
+        dist.barrier()
+
+
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """In place, the same on every rank."""
+    if WORLD > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def recompute_activations(model: MobileMoE) -> None:
+    """Keep only what enters each block and run its forward pass once more during backward: a third more work, and activations
+    of one block instead of all. What the first pass reported (load, dropped) counts; the second's reports go nowhere.
+    """
+    for block in model.model.layers:
+        block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
+
+
+def shard(model: MobileMoE) -> None:
+    """FSDP2: each rank keeps 1/WORLD of every parameter (and so of its gradient and optimizer state), cut along dimension 0.
+
+    A block's weights are gathered just before it computes and given up after. The embedding, read by both ends of the model,
+    belongs to the root, whose weights are whole while the forward pass runs. Every rank must have built the same model.
+    """
+    if WORLD > 1:
+        mesh = dist.init_device_mesh(next(model.parameters()).device.type, (WORLD,))
+        for module in (*model.model.layers, model):
+            fully_shard(module, mesh=mesh)
+            # Gradients are to be summed (FSDP's default is the mean): each part's loss is already weighted by its share.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def whole(x: Tensor) -> Tensor:
+    """The full tensor from its parts on all ranks, which must all ask for it; any other tensor as it is."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def local(x: Tensor) -> Tensor:
+    """This rank's part, sharing memory; any other tensor as it is."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def part_like(x: Tensor, p: Tensor) -> Tensor:
+    """Inverse of `whole`: of an `x` that every rank has, the part that this rank keeps of `p`."""
+    return distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None) if isinstance(p, DTensor) else x
+
+
+def gather(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Full tensors on the CPU for rank 0 to save, nothing for the others: files do not know how many ranks wrote them."""
+    full = {}
+    for name, tensor in tensors.items():
+        tensor = whole(tensor)                  # all ranks take part in this
+        if RANK == 0:
+            full[name] = tensor.cpu()
+    return full
+
+
+def gather_optimizer(opt: torch.optim.Optimizer) -> dict:
+    state = opt.state_dict()
+    return {**state, "state": {i: gather(entry) for i, entry in state["state"].items()}}
+
+
+def load_optimizer(opt: torch.optim.Optimizer, state: dict) -> None:
+    params = [p for group in opt.param_groups for p in group["params"]]     # the order of the state's keys
+    parts = {i: {name: part_like(x, params[i]) if x.shape == params[i].shape else x for name, x in entry.items()}
+             for i, entry in state["state"].items()}                        # AdamW's step is a single number
+    opt.load_state_dict({**state, "state": parts})
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Optimizers
 
 
@@ -206,11 +306,15 @@ class Muon(torch.optim.Optimizer):
                     self.state[p]["momentum"] = torch.zeros_like(p)
                 momentum = self.state[p]["momentum"].lerp_(p.grad, 1 - group["momentum"])
                 g = p.grad.lerp(momentum, group["momentum"])               # Nesterov
+                # FSDP cuts along dimension 0. That leaves a stack of experts whole matrices: each rank does its own. A single
+                # matrix loses rows, and all rows decide which directions are equally long: gather it, keep our part after.
+                g = whole(g) if g.dim() == 2 else local(g)
                 # gate and up lie side by side in one tensor but are two matrices: orthogonalise each for itself.
                 parts = g.chunk(2, dim=-1) if group["paired"] else (g,)
                 update = torch.cat([self.orthogonalise(part, matmul_dtype(p.device)) for part in parts], dim=-1)
                 rows, cols = parts[0].shape[-2:]
-                p.add_(update.to(p.dtype), alpha=-group["lr"] * max(1, rows / cols, cols / rows) ** 0.5)
+                update = local(part_like(update, p)) if p.dim() == 2 else update
+                local(p).add_(update.to(p.dtype), alpha=-group["lr"] * max(1, rows / cols, cols / rows) ** 0.5)
 
 
 def matmul_dtype(device: torch.device) -> torch.dtype:
@@ -264,15 +368,19 @@ def lr_factor(stage: Stage, step: int, steps: int) -> float:
 
 
 def train_step(model, opts, stage: Stage, batches: Batches, step: int, steps: int, micro_rows: int) -> dict:
-    """One optimizer step. Gradients of `micro_rows` rows at a time are accumulated to the stage's batch."""
-    device = model.model.embed_tokens.weight.device
+    """One optimizer step. Gradients of `micro_rows` rows at a time are accumulated to the stage's batch.
+
+    Every rank makes the whole batch (it is a function of the seed and the step) and takes every WORLD-th part of it. A part
+    is the same whoever computes it, so the number of ranks changes nothing but the order of sums.
+    """
+    device = next(model.parameters()).device
     factor = lr_factor(stage, step, steps)
     inputs, targets = batches.batch(step, stage.batch // stage.context)    # [B, T]
     wanted = (targets != -100).sum()
-    total, load, dropped = 0.0, None, 0.0
-    for x, y in zip(inputs.split(micro_rows), targets.split(micro_rows)):
+    sums, load = torch.zeros(2, device=device), None                       # loss and dropped fraction
+    for x, y in list(zip(inputs.split(micro_rows), targets.split(micro_rows)))[RANK::WORLD]:
         # Rows hold different numbers of answer tokens: weight each part by its own, or the split would change the loss.
-        share = (y != -100).sum() / wanted
+        share = ((y != -100).sum() / wanted).to(device)
         dtype = matmul_dtype(device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             loss, routing = model(x.to(device), y.to(device), capacity_factor=stage.capacity)
@@ -280,11 +388,14 @@ def train_step(model, opts, stage: Stage, batches: Batches, step: int, steps: in
             if routing is not None:
                 objective = loss + model.config.z_loss * routing.z_loss + model.config.balance_loss * routing.balance_loss
         (objective * share).backward()
-        total += loss.item() * share.item()
+        sums[0] += loss.detach() * share
         if routing is not None:
             load = routing.load if load is None else load + routing.load
-            dropped += routing.dropped.item() * share.item()
-    if not torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).isfinite():
+            sums[1] += routing.dropped * share
+    total, dropped = sum_over_ranks(sums).tolist()
+    if load is not None:
+        load = sum_over_ranks(load)
+    if not whole(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)).isfinite():      # the norm over all ranks
         total = math.nan            # a finite loss can have an infinite gradient
     if math.isfinite(total):        # one bad batch must not poison the weights for ever
         for opt in opts:
@@ -312,6 +423,8 @@ class Progress:
         if self.first_step is None:
             self.first_step, self.began = step, now     # the first step builds kernels; it would spoil the estimate
             return
+        if RANK:
+            return
         rate = (step - self.first_step) * self.batch / max(now - self.began, 1e-9)
         record |= {"stage": self.name, "step": step + 1, "tokens_per_s": round(rate)}
         with open(self.log, "a") as file:
@@ -322,30 +435,41 @@ class Progress:
         self.printed = now
         left = (self.steps - step - 1) * self.batch / max(rate, 1e-9)
         balance = f"load {record['load']:.1f}:1 dropped {100 * record['dropped']:.1f}% | " if "load" in record else ""
+        balance += f"{record['skipped']} steps skipped | " if record["skipped"] else ""
         line = (f"{self.name} {step + 1}/{self.steps} | loss {record['loss']:.3f} | {record['bits_per_byte']:.3f} bits/byte | "
                 f"{balance}{rate:,.0f} tok/s | {int(left) // 60}:{int(left) % 60:02d} left")
         print(("\r\033[K" if terminal else "") + line, end="" if terminal and not last else "\n", flush=True)
 
 
 def train_stage(model: MobileMoE, name: str, stage: Stage, batches: Batches, prepared: dict, run: Path, *,
-                micro_rows: int = 0, resume: dict | None = None, save=None) -> dict:
-    """Run one stage to its end. -> summary: tokens, seconds, loss, load per layer and expert, dropped fraction.
+                micro_rows: int = 0, recompute: bool = False, resume: dict | None = None, save=None) -> dict:
+    """Run one stage to its end. -> summary: tokens, seconds, loss, steps skipped, load per layer and expert, dropped fraction.
 
-    `resume` is the state that `save(state)` was given in a run that was stopped. Raises UserError after five losses in a row
-    that are not finite.
+    `resume` is the state that `save(state)` was given in a run that was stopped: (seed, step) decides the batch and nothing
+    else is random, so weights, optimizer state and the step are all of it. Raises UserError after five losses in a row that
+    are not finite.
     """
     steps = max(1, round(stage.tokens / stage.batch))
-    opts = optimizers(model, stages_for(model.config))
-    first, seconds, bad = 0, 0.0, 0
+    rows = stage.batch // stage.context
+    micro_rows = micro_rows or math.ceil(rows / WORLD)
+    if math.ceil(rows / micro_rows) % WORLD:
+        raise UserError(f"{name}: {rows} rows, {micro_rows} at a time, are not the same number of parts for {WORLD} processes: "
+                        "choose another --micro-rows or --nproc_per_node")
+    first, seconds, bad, skipped = 0, 0.0, 0, 0
     if resume:
         model.load_state_dict(resume["model"])
-        for opt, state in zip(opts, resume["optimizers"]):
-            opt.load_state_dict(state)
-        first, seconds = resume["step"], resume["seconds"]
+        first, seconds, skipped = resume["step"], resume["seconds"], resume["skipped"]
         if first >= steps:
             raise UserError(f"{name} was stopped after step {first}, which is past the {steps} asked for now")
     if stage.int4:
         attach(model)
+    if recompute:
+        recompute_activations(model)
+    shard(model)
+    device = next(model.parameters()).device
+    opts = optimizers(model, stages_for(model.config))                     # last: sharding puts new parameters into the model
+    for opt, state in zip(opts, resume["optimizers"] if resume else ()):
+        load_optimizer(opt, state)
     progress = Progress(run, name, steps, stage.batch)
     glance = None                   # 16 windows from all over the held-out prose; the report measures all of it
     for held in list(prepared["heldout"].values())[:1]:
@@ -356,8 +480,9 @@ def train_stage(model: MobileMoE, name: str, stage: Stage, batches: Batches, pre
     began = saved = time.time()
     save_cost = 0.0
     for step in range(first, steps):
-        result = train_step(model, opts, stage, batches, step, steps, micro_rows or stage.batch)
+        result = train_step(model, opts, stage, batches, step, steps, micro_rows)
         bad = 0 if math.isfinite(result["loss"]) else bad + 1
+        skipped += bad > 0
         if bad == 5:
             raise UserError(f"{name}: the loss is not a number five steps in a row (step {step + 1}); lower the learning rate")
         window += 1
@@ -367,7 +492,7 @@ def train_stage(model: MobileMoE, name: str, stage: Stage, batches: Batches, pre
         if glance and (last or step % max(1, steps // 10) == 0):
             bpb = bits_per_byte(model, *glance)
         if last or step % 5 == 0:
-            record = {"loss": round(result["loss"], 4), "bits_per_byte": round(bpb, 4)}
+            record = {"loss": round(result["loss"], 4), "bits_per_byte": round(bpb, 4), "skipped": skipped}
             if result["load"] is not None:
                 record |= {"load": round((load_sum.amax(1) / load_sum.mean(1)).max().item(), 2),
                            "dropped": round(dropped_sum / window, 4)}
@@ -375,12 +500,15 @@ def train_stage(model: MobileMoE, name: str, stage: Stage, batches: Batches, pre
             if not last:
                 load_sum, dropped_sum, window = 0, 0.0, 0
         # Every minute, or less often where saving is slow: it may cost at most a twentieth of the time.
-        if save and not last and time.time() - saved > max(60, 20 * save_cost):
+        # Rank 0's clock decides for all: a rank that began to gather alone would wait for ever.
+        due = RANK == 0 and not last and time.time() - saved > max(60, 20 * save_cost)
+        if save and sum_over_ranks(torch.tensor(float(due), device=device)):
             start = time.time()
-            save({"model": master_state_dict(model), "optimizers": [opt.state_dict() for opt in opts], "step": step + 1,
-                  "seconds": seconds + start - began})
+            save({"model": gather(master_state_dict(model)), "optimizers": [gather_optimizer(opt) for opt in opts],
+                  "step": step + 1, "seconds": seconds + start - began, "skipped": skipped})
             saved, save_cost = time.time(), time.time() - start
-    summary = {"stage": name, "tokens": steps * stage.batch, "seconds": seconds + time.time() - began, "loss": result["loss"]}
+    summary = {"stage": name, "tokens": steps * stage.batch, "seconds": seconds + time.time() - began, "loss": result["loss"],
+               "skipped": skipped}
     if result["load"] is not None:
         summary |= {"load": load_sum.tolist(), "dropped": dropped_sum / window}
     return summary
@@ -402,12 +530,12 @@ def write_checkpoint(path: Path, model: MobileMoE, prepared: dict, stage_name: s
 
 
 def write_resume_state(run: Path, stage_name: str, state: dict):
-    """Keep the last two: a machine that dies while one is written still has the other."""
+    """Keep the last two, and let go of the older one only when a third is written: the disk may be full by now."""
     newest, older = run / "resume.pt", run / "resume.old.pt"
-    if newest.exists():
-        newest.replace(older)
     with atomic_write(newest) as file:
         torch.save({"stage": stage_name, **state}, file)
+        if newest.exists():
+            newest.replace(older)
 
 
 def read_resume_state(run: Path, stage_name: str) -> dict | None:
@@ -419,6 +547,7 @@ def read_resume_state(run: Path, stage_name: str) -> dict | None:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception:           # as in load_checkpoint: damage shows itself in many ways
             print(f"{path} is damaged: falling back to the save before it", file=sys.stderr)
+            path.unlink(missing_ok=True)        # or the next save would make it the older one, in place of a good one
             continue
         if state["stage"] == stage_name:
             print(f"{stage_name}: resuming after step {state['step']}", flush=True)
@@ -443,9 +572,19 @@ def run_stage(name: str, run: Path, args, prepared: dict, device: torch.device) 
     if args.tokens:
         stage = dataclasses.replace(stage, tokens=args.tokens)
     batches = Batches(prepared, stage, args.seed + position)
+    resume = read_resume_state(run, name) if args.resume else None
+    if resume and resume["seed"] != args.seed:
+        raise UserError(f"{run} was begun with --seed {resume['seed']}, which decides what comes next: give it again")
     summary = train_stage(model, name, stage, batches, prepared, run, micro_rows=args.micro_rows,
-                          resume=read_resume_state(run, name) if args.resume else None,
-                          save=lambda state: write_resume_state(run, name, state))
+                          recompute=args.checkpoint_activations, resume=resume,
+                          save=lambda state: RANK == 0 and write_resume_state(run, name, {**state, "seed": args.seed}))
+    weights = gather(master_state_dict(model))
+    if RANK:
+        return
+    model = MobileMoE(config).to(device)        # in one piece again: text is made by rank 0 alone
+    model.load_state_dict(weights)
+    if stage.int4:
+        attach(model)
     encoding = tokenizer_from_dict(prepared["tokenizer"])
     measured, dtype = {"context": stage.context, "heldout": prepared["heldout"]}, matmul_dtype(device)
     # In the precision of training; an INT4 model in FP32 on its lattice, which is what the phone computes.
@@ -567,6 +706,7 @@ def read_arguments():
     parser.add_argument("--tokenizer", metavar="FILE", help="a tiktoken rank file, such as Llama-3's tokenizer.model")
     parser.add_argument("--tokens", type=float, help="train this stage on so many tokens instead of the table's")
     parser.add_argument("--micro-rows", type=int, default=0, help="rows in memory at a time, the rest accumulated")
+    parser.add_argument("--checkpoint-activations", action="store_true", help="less memory, a third more time")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="continue a run that was stopped")
@@ -598,26 +738,33 @@ def main():
     args, start = read_arguments(), time.time()
     run, everything = args.run, args.stage == "all"
     finished = [name for name in STAGES if (run / f"{name}.pt").exists()]
-    if everything and not args.resume and (finished or (run / "resume.pt").exists()):
+    if everything and not args.resume and (finished or list(run.glob("resume*.pt"))):
         raise UserError(f"{run} already holds a run: --resume continues it, --run FOLDER starts another")
     if not everything and (position := STAGES.index(args.stage)) and STAGES[position - 1] not in finished:
         before = STAGES[position - 1]
         raise UserError(f"{args.stage} starts from {run / before}.pt, which is missing: "
                         f"`python train.py {before} --run {run}` makes it")
-    device = torch.device(args.device)
+    device = join_ranks(args.device)
+    if RANK:
+        wait_for_ranks()            # rank 0 makes tokens.pt, the others read it
     prepared = prepare_data(run, args.data, args.tokenizer, args.config.vocab_size)
+    if not RANK:
+        wait_for_ranks()
     stages = STAGES if everything else (args.stage,)
     if set(stages) & {"sft", "qat"} and not len(prepared["chat"]["lengths"]):
         if not finished:            # or the next attempt would not look into the folder again
-            (run / "tokens.pt").unlink()
+            (run / "tokens.pt").unlink(missing_ok=True)
         raise UserError(f"{args.data or run / 'tokens.pt'} holds no conversations, which sft and qat learn from: add .jsonl "
                         'lines with "messages", or run only `train.py pretrain` and `train.py midtrain`')
     for name in stages:
         if not (everything and name in finished):
             run_stage(name, run, args, prepared, device)
-            for leftover in (*run.glob("resume*.pt"), *run.glob(".*.part")):      # .part: a save that was killed
+            for leftover in (*run.glob("resume*.pt"), *run.glob(".*.part")) if RANK == 0 else ():     # .part: a killed save
                 leftover.unlink()
-    if everything:
+            wait_for_ranks()        # the next stage reads the checkpoint
+    if WORLD > 1:
+        dist.destroy_process_group()
+    if everything and RANK == 0:
         gguf = run / "mobilemoe.gguf"
         export = Path(__file__).with_name("export_mobile.py")
         command = [sys.executable, export, run / "qat.pt", "--out", gguf]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_train import an_hour_a_step
 
 import export_mobile
 import mobilemoe
@@ -225,6 +226,21 @@ def test_disk_full_while_writing_a_checkpoint(finished_run, tmp_path, refused):
         assert "midtrain.pt" in refused(train.main, "midtrain", "--run", tmp_path)
     assert sorted(os.listdir(tmp_path)) == ["log.jsonl", "midtrain.pt", "pretrain.pt", "tokens.pt"]
     assert (tmp_path / "midtrain.pt").read_bytes() == b"older"
+
+
+def test_disk_full_while_saving_keeps_both_saves_before(finished_run, tmp_path, monkeypatch, refused):
+    shutil.copy(finished_run / "tokens.pt", tmp_path)
+    an_hour_a_step(monkeypatch)                                 # a save after each
+    write, saves = train.write_resume_state, []
+
+    def write_until_full(*arguments):
+        saves.append(arguments)
+        with disk_with_room_for(10_000) if len(saves) == 3 else contextlib.nullcontext():
+            write(*arguments)
+    monkeypatch.setattr(train, "write_resume_state", write_until_full)
+    assert "resume.pt" in refused(train.main, "pretrain", "--preset", "test", "--run", tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["log.jsonl", "resume.old.pt", "resume.pt", "tokens.pt"]
+    assert [torch.load(tmp_path / name, weights_only=True)["step"] for name in ("resume.pt", "resume.old.pt")] == [2, 1]
 
 
 def test_disk_full_at_the_very_end(finished_run, tmp_path, capfd, monkeypatch):

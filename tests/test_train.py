@@ -3,10 +3,12 @@ import dataclasses
 import json
 import math
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -36,8 +38,8 @@ def same_weights(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def an_hour_a_step(patch: pytest.MonkeyPatch) -> None:
-    """Put train.py on a clock by which every step takes an hour: it then saves after each."""
+def an_hour_a_step(patch: pytest.MonkeyPatch, only: int | None = None) -> None:
+    """Put train.py on a clock by which every step, or only one, takes an hour: it then saves after each."""
     clock, step = types.SimpleNamespace(now=0.0), train.train_step
 
     def tick():
@@ -45,7 +47,7 @@ def an_hour_a_step(patch: pytest.MonkeyPatch) -> None:
         return clock.now
 
     def slow_step(*arguments):
-        clock.now += 3600
+        clock.now += 3600 if only in (None, arguments[4]) else 0
         return step(*arguments)
     patch.setattr(train, "time", types.SimpleNamespace(time=tick))
     patch.setattr(train, "train_step", slow_step)
@@ -174,7 +176,7 @@ def test_a_killed_run_resumes_to_the_same_end(finished_run, text_folder, tmp_pat
     child = subprocess.run([sys.executable, "-c", "import test_train; test_train.die_while_saving()", *map(str, arguments)],
                            env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
     assert child.returncode == -signal.SIGKILL, child.stderr
-    assert not (tmp_path / "resume.pt").exists() and (tmp_path / "resume.old.pt").exists()
+    assert [torch.load(tmp_path / name, weights_only=True)["step"] for name in ("resume.pt", "resume.old.pt")] == [2, 1]
     code, out, err = call(train.main, *arguments)
     assert (code, err) == (0, "")
     assert "qat: resuming after step 2" in out and "\nsft:" not in out                     # the finished stages are not redone
@@ -183,6 +185,45 @@ def test_a_killed_run_resumes_to_the_same_end(finished_run, text_folder, tmp_pat
     assert ours["history"][-1]["bits_per_byte"] == theirs["history"][-1]["bits_per_byte"]
     assert (tmp_path / "mobilemoe.gguf").read_bytes() == (finished_run / "mobilemoe.gguf").read_bytes()
     assert set(os.listdir(tmp_path)) == set(os.listdir(finished_run))                      # nothing of the killed save is left
+
+
+def train_in_a_fork(arguments: list) -> int:
+    """`python train.py ...` that saves after every step, without the seconds that a new Python takes to start. -> pid"""
+    if pid := os.fork():
+        return pid
+    try:
+        an_hour_a_step(pytest.MonkeyPatch())
+        sys.argv = ["train.py", *map(str, arguments)]
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        train.main()
+        os._exit(0)
+    finally:
+        os._exit(1)
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_a_run_ends_as_if_it_had_not_been(kills, finished_run, tmp_path, call, refused):
+    def arguments(name):
+        (tmp_path / name).mkdir(exist_ok=True)
+        shutil.copy(finished_run / "tokens.pt", tmp_path / name)
+        return ["pretrain", "--preset", "test", "--run", tmp_path / name, "--tokens", 40 * 256, "--resume"]
+    start = time.time()
+    assert os.waitpid(train_in_a_fork(arguments("whole")), 0)[1] == 0
+    moments = random.Random(kills)
+    longest = (time.time() - start) / kills         # so that the run cannot be over before the last kill
+    for _ in range(kills):
+        child = train_in_a_fork(arguments("killed"))
+        time.sleep(moments.uniform(0, longest))
+        os.kill(child, signal.SIGKILL)
+        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    assert "--seed 0" in refused(train.main, *arguments("killed"), "--seed", 1)
+    code, out, err = call(train.main, *arguments("killed"))
+    assert (code, err) == (0, "") and "pretrain: resuming after step" in out
+    whole, killed = (load_checkpoint(tmp_path / name / "pretrain.pt") for name in ("whole", "killed"))
+    assert same_weights(whole["model"], killed["model"])
+    for what in ("loss", "bits_per_byte", "sample"):
+        assert whole["history"][0][what] == killed["history"][0][what]
+    assert sorted(os.listdir(tmp_path / "killed")) == ["log.jsonl", "pretrain.pt", "tokens.pt"]
 
 
 @pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[:len(data) // 2], lambda data: b"\x00" * len(data)],
@@ -197,6 +238,9 @@ def test_a_damaged_save_falls_back_to_the_one_before(tmp_path, capsys, damage):
     assert train.read_resume_state(tmp_path, "sft")["step"] == 2
     assert "resume.pt is damaged" in capsys.readouterr().err
     assert train.read_resume_state(tmp_path, "qat") is None                                # another stage's state is not ours
+    train.write_resume_state(tmp_path, "sft", {"step": 4})
+    newest.write_bytes(damage(newest.read_bytes()))                                        # the damaged save did not become
+    assert train.read_resume_state(tmp_path, "sft")["step"] == 2                           # the older one
     (tmp_path / "resume.old.pt").write_bytes(b"")
     assert train.read_resume_state(tmp_path, "sft") is None
 
@@ -214,7 +258,7 @@ def test_one_stage_from_the_checkpoint_before_it(finished_run, tmp_path, call):
 
 def test_a_stopped_stage_cannot_be_resumed_to_an_earlier_end(prepared, tmp_path):
     stage, model = train.TEST["pretrain"], fresh_model()
-    state = {"model": model.state_dict(), "optimizers": [], "step": 8, "seconds": 1.0}
+    state = {"model": model.state_dict(), "optimizers": [], "step": 8, "seconds": 1.0, "skipped": 0}
     with pytest.raises(UserError, match="after step 8"):
         train.train_stage(model, "pretrain", stage, train.Batches(prepared, stage, 0), prepared, tmp_path, resume=state)
 
@@ -269,6 +313,36 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(prepared, lively, mo
         torch.testing.assert_close(got[name], grad, rtol=1e-3, atol=1e-5 * grad.abs().max().item())
 
 
+@pytest.mark.parametrize("attached", [False, True], ids=["plain", "int4"])
+def test_recomputed_activations_give_the_same_step(prepared, lively, attached):
+    stage, results = train.TEST["midtrain"], []
+    for recompute in (False, True):
+        model = attach(lively()) if attached else lively()
+        kept = []
+        if recompute:
+            train.recompute_activations(model)
+        recorder = Recorder(model)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: (kept.append(x.numel()), x)[1], lambda x: x):
+            result = train.train_step(model, [recorder], stage, train.Batches(prepared, stage, 0), 0, 8, 1)
+        results.append((result["loss"], result["dropped"], result["load"], recorder.grads, sum(kept)))
+    (loss, dropped, load, grads, kept), (loss2, dropped2, load2, grads2, kept2) = results
+    assert (loss, dropped) == (loss2, dropped2) and torch.equal(load, load2) and same_weights(grads, grads2)
+    assert kept2 < kept / 2
+
+
+@pytest.mark.slow
+def test_preset_S_takes_a_step_in_24_GB():
+    """Two steps in a process of its own: the second finds the optimizer's state already there and needs the most."""
+    available = int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) * 1024
+    if available < 22.5e9:
+        pytest.skip("needs 22.5 GB of free memory")
+    script = Path(__file__).with_name("step_of_S.py")
+    child = subprocess.run([sys.executable, script], env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE)
+    assert child.returncode == 0
+    peak, loss, _ = map(float, child.stdout.split()[-3:])
+    assert peak < 24 and math.isfinite(loss)
+
+
 def test_gradients_are_clipped_to_norm_one(prepared, lively):
     model, stage = lively(), train.TEST["pretrain"]
     recorder = Recorder(model)
@@ -294,15 +368,16 @@ def test_a_step_that_is_not_a_number_changes_nothing(prepared, lively, what):
     assert not same_weights(after, before) and all(tensor.isfinite().all() for tensor in after.values())
 
 
-def test_five_bad_steps_in_a_row_stop_the_run(prepared, tmp_path, monkeypatch):
+def test_bad_steps_are_counted_and_five_in_a_row_stop_the_run(prepared, tmp_path, capsys):
     stage = train.TEST["pretrain"]
 
     def train_for(bad_steps):
         step = train.train_step
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(train, "train_step", lambda *a: {**step(*a), "loss": math.nan if a[4] in bad_steps else 1.0})
-            train.train_stage(fresh_model(), "pretrain", stage, train.Batches(prepared, stage, 0), prepared, tmp_path)
-    train_for({0, 1, 2, 3, 5, 6, 7})
+            return train.train_stage(fresh_model(), "pretrain", stage, train.Batches(prepared, stage, 0), prepared, tmp_path)
+    assert train_for({0, 1, 2, 3, 5, 6})["skipped"] == 6 and "| 6 steps skipped |" in capsys.readouterr().out
+    assert train_for({})["skipped"] == 0 and "skipped" not in capsys.readouterr().out
     with pytest.raises(UserError, match=r"five steps in a row \(step 7\).*learning rate") as refusal:
         train_for({2, 3, 4, 5, 6})
     assert "\n" not in str(refusal.value)
