@@ -328,6 +328,49 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+class ToRows(torch.autograd.Function):
+    """Copy tokens to the rows of the experts' buffer; its opposite, FromRows, adds each token's rows up again.
+
+    Autograd would scatter the gradients back into zeroed buffers. But each row belongs to one route, so the gradient is a
+    gather, too, only along the inverse map: three passes over memory less. Idle rows compute with some token's numbers; no
+    route reads them, so their gradient is zero.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, token: Tensor, row: Tensor, kept: Tensor) -> Tensor:
+        """x [N, D], token [rows] (the token of each row), row [N*A] (the row of each route), kept [N, A] -> [rows, D]."""
+        ctx.save_for_backward(row, kept)
+        return x.index_select(0, token)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        row, kept = ctx.saved_tensors
+        return weighted_sum(grad.index_select(0, row), kept), None, None, None
+
+
+class FromRows(torch.autograd.Function):
+    """y [rows, D], weights [N, A] (0 for a dropped route), owner [rows], row [N*A] -> sum over a token's routes [N, D]."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor, weights: Tensor, owner: Tensor, row: Tensor) -> Tensor:
+        routes = y.index_select(0, row)                                    # [N*A, D]
+        ctx.save_for_backward(routes, weights, owner, row)
+        return weighted_sum(routes, weights)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        routes, weights, owner, row = ctx.saved_tensors
+        (N, A), rows = weights.shape, len(owner)
+        grad_weights = (routes.view(N, A, -1) @ grad[:, :, None]).view(N, A)
+        scale = weights.new_zeros(rows).index_add_(0, row, weights.flatten())    # [rows] 0 for idle rows
+        return grad.index_select(0, owner // A) * scale[:, None], grad_weights, None, None
+
+
+def weighted_sum(routes: Tensor, weights: Tensor) -> Tensor:
+    """routes [N*A, D], weights [N, A] -> [N, D]"""
+    return (weights[:, None] @ routes.view(*weights.shape, -1)).squeeze(1)
+
+
 class Experts(nn.Module):
     """All routed experts of a layer as two stacked matrices, computed together: no loop over experts.
 
@@ -362,32 +405,31 @@ class Experts(nn.Module):
 
         if capacity_factor is None:
             # Groups are padded to whole blocks of rows: on a CPU every new number of rows costs a kernel build (oneDNN), so
-            # few different numbers are worth a few rows of zeros. The buffer's size does not depend on the counts, so a GPU
+            # few different numbers are worth a few idle rows. The buffer's size does not depend on the counts, so a GPU
             # need not wait to be told it.
             block = min(64, N)
             padded = (count + block - 1) // block * block                  # [E]
             ends = padded.cumsum(0)                                        # [E]
             row = (ends - padded)[expert] + rank                           # [N*A] each route's row in the buffer
-            rows, kept = min(N * A + E * (block - 1), N * E), None
+            rows, kept = min(N * A + E * (block - 1), N * E), torch.ones_like(weights)
         else:
             capacity = math.ceil(capacity_factor * N * A / E)
-            kept = rank < capacity                                         # [N*A]
-            row = torch.where(kept, expert * capacity + rank, E * capacity)     # one row too many takes all that is dropped
-            rows = E * capacity + 1
+            kept = (rank < capacity).view(N, A).to(weights.dtype)          # [N, A] 1 or 0
+            row = torch.where(rank < capacity, expert * capacity + rank, E * capacity)     # one row more takes all the dropped
+            rows = E * capacity
 
-        copies = x.to(dtype)[:, None].expand(N, A, D).reshape(N * A, D)    # [N*A, D]
-        buffer = torch.zeros(rows, D, dtype=dtype, device=x.device).index_copy(0, row, copies)
+        owner = torch.zeros(rows + 1, dtype=torch.int64, device=x.device)  # [rows] the route of each row; idle ones say 0
+        owner = owner.index_copy_(0, row, torch.arange(N * A, device=x.device))[:rows]
+        row = row.clamp(max=rows - 1)
+        weights = (weights * kept).to(dtype)                               # [N, A] a dropped route counts nothing
+        buffer = ToRows.apply(x.to(dtype), owner // A, row, kept.to(dtype))                        # [rows, D]
         if capacity_factor is None:
             h = self.swiglu(*F.grouped_mm(buffer, gate_up, offs=ends.int()).chunk(2, dim=-1))      # [rows, F]
             y = F.grouped_mm(h, down, offs=ends.int())                     # [rows, D]
         else:
-            h = torch.bmm(buffer[:-1].view(E, capacity, D), gate_up)       # [E, capacity, 2F]
+            h = torch.bmm(buffer.view(E, capacity, D), gate_up)            # [E, capacity, 2F]
             y = torch.bmm(self.swiglu(*h.chunk(2, dim=-1)), down).view(-1, D)
-            weights = weights * kept.view(N, A)
-            row = row.clamp(max=rows - 2)
-        y = y.index_select(0, row).view(N, A, D)
-        dropped = torch.zeros((), device=x.device) if kept is None else 1 - kept.float().mean()
-        return torch.einsum("nad,na->nd", y, weights.to(dtype)), dropped
+        return FromRows.apply(y, weights, owner, row), 1 - kept.mean()
 
 
 class MoE(nn.Module):
@@ -422,7 +464,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, want_grad: bool, chunk: int = 128) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, want_grad: bool, chunk: int = 512) -> Tensor:
         """x [N, D], weight [V, D], targets [N] (-100: no loss here) -> scalar, nats."""
         w = weight.to(x.dtype)
         count = (targets != -100).sum().clamp(min=1)
@@ -433,11 +475,10 @@ class LinearCrossEntropy(torch.autograd.Function):
             part = x[start:start + chunk]                                  # [chunk, D]
             wanted = (targets[start:start + chunk] != -100).unsqueeze(1)   # [chunk, 1]
             target = targets[start:start + chunk].clamp(min=0).unsqueeze(1)
-            logits = (part @ w.T).float()                                  # [chunk, V]
-            logsumexp = logits.logsumexp(-1, keepdim=True)                 # [chunk, 1]
-            loss += ((logsumexp - logits.gather(1, target)) * wanted).sum()
+            logp = F.log_softmax(part @ w.T, -1, dtype=torch.float32)      # [chunk, V]
+            loss -= (logp.gather(1, target) * wanted).sum()
             if want_grad:
-                grad = logits.sub_(logsumexp).exp_().scatter_add_(1, target, -torch.ones_like(logsumexp))
+                grad = logp.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=torch.float32))
                 grad = grad.mul_(wanted).to(x.dtype)                       # [chunk, V] softmax - onehot
                 grad_x[start:start + chunk] = grad @ w
                 grad_w += grad.T @ part
