@@ -1,4 +1,5 @@
 """train.py under torchrun: two processes (gloo, FSDP2) train the same model as one, and read each other's files."""
+import copy
 import dataclasses
 import os
 import subprocess
@@ -38,12 +39,12 @@ def train_and_save(folder: Path, name: str, resume=None, recompute=False) -> Non
     stage = dataclasses.replace(stage, tokens=(8 if "qat" in name else STEPS) * stage.batch)
     model, prepared = fresh_model(), torch.load(folder / "tokens.pt", weights_only=True)
     summary = train.train_stage(model, "pretrain", stage, train.Batches(prepared, stage, 0), prepared, folder, micro_rows=2,
-                                recompute=recompute, resume=resume, save=lambda state: saved.update({state["step"]: state}))
+                                recompute=recompute, resume=resume, save=lambda state: saved.update(copy.deepcopy(state)))
     weights = train.gather(master_state_dict(model))
     patch.undo()
     if train.RANK == 0:
         torch.save({"losses": [result["loss"] for result in losses], "loads": [result["load"] for result in losses],
-                    "weights": weights, "saved": saved.get(STEPS // 2), "summary": summary}, folder / f"{name}.pt")
+                    "weights": weights, "saved": saved, "summary": summary}, folder / f"{name}.pt")
 
 
 def run_as_rank(folder: str) -> None:
