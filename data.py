@@ -2,15 +2,18 @@
 
 In reading order: about 10 MB of text found on the reader's own disk (nothing is downloaded) and questions and answers about
 it for supervised fine-tuning (SFT), or a folder of the reader's own text (--data); 5 % of either held out; a byte-pair
-tokenizer, learned or loaded; token streams cut into windows, and conversations packed into rows.
+tokenizer, learned or loaded; token streams cut into windows, and conversations packed into rows; for text larger than memory,
+shards of tokens that are made once, on all cores, and then read from the disk.
 
-What it is not: a streaming loader. Everything fits in memory; the paper's 6T tokens need shards on many disks.
+What it is not: a cleaner of data. Text for `tokenize` is taken as it comes; nobody looks for duplicates or leaks in it.
 
     python data.py          # a table of the embedded corpus, how far xz compresses it, and a sample of everything
+    python data.py tokenize web/*.jsonl.gz --domain prose --out shards      # once per domain; then train.py --data shards
 
 Sources: MobileMoE (arXiv 2605.27358) for the stages and their mixtures; Sennrich et al. 2016 for byte-pair encoding; Llama 3
 for the split pattern and the chat tokens; Raffel et al. 2020 for packing several examples into one row.
 """
+import argparse
 import ast
 import base64
 import functools
@@ -22,21 +25,30 @@ import importlib.util
 import inspect
 import json
 import lzma
+import multiprocessing
+import os
 import random
 import re
+import signal
+import sys
 import sysconfig
+import threading
+import time
 import warnings
 import zlib
-from collections import Counter, defaultdict, namedtuple
+from collections import Counter, defaultdict, deque, namedtuple
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from itertools import chain, count
 from pathlib import Path
 
 import numpy as np
 import regex
 import tiktoken
 
-from mobilemoe import UserError, encode_chat, run_main
+from mobilemoe import PRESETS, UserError, atomic_write, encode_chat, run_main, tokenizer_from_dict
 
 # Domains stay apart to the last batch: stages mix them by weight as the paper does, broad first, then more code and maths.
 DOMAINS = ("prose", "code", "knowledge", "maths")
@@ -358,50 +370,94 @@ def embedded_corpus() -> Corpus:
 # A folder of the reader's own text
 
 
-def read_documents(path: Path) -> Iterator[tuple[str, bool]]:
-    """The documents of one file: (text, False), or (a list of messages as JSON, True) for a chat."""
-    if path.suffix == ".txt":       # one file may be a whole book: in pieces, so that some of it can be held out
-        yield from ((piece, False) for piece in split_text(path.read_text(encoding="utf-8-sig"), "\n\n", 4000))
+FORMATS = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
+LONGEST_LINE = 2 ** 26      # bytes of one .jsonl line; 64 times less in .txt, where a longer one is cut
+
+
+def read_records(path: Path) -> Iterator[tuple[str, dict, int]]:
+    """("line 7", the object there, bytes of the file read so far) for every line of .jsonl(.gz) or row of .parquet."""
+    if path.suffix == ".parquet":
+        try:
+            from pyarrow import parquet
+        except ImportError:
+            raise UserError(f"{path}: to read .parquet, `pip install pyarrow`") from None
+        # A row group can be gigabytes: without a buffer size, pyarrow holds its whole column in memory.
+        with parquet.ParquetFile(path, buffer_size=2 ** 20, pre_buffer=False) as file:
+            columns = [name for name in ("text", "messages") if name in file.schema_arrow.names]
+            size, batches = path.stat().st_size, file.iter_batches(64, columns=columns, use_threads=False)
+            for row, record in enumerate((record for batch in batches for record in batch.to_pylist()), 1):
+                yield f"row {row}", record, size * row // file.metadata.num_rows
         return
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
+    with open(path, "rb") as file:
+        lines = gzip.open(file) if path.suffix == ".gz" else file
+        for number in count(1):
+            if not (line := lines.readline(LONGEST_LINE)):
+                return
             try:
-                record = json.loads(line)
+                if line.strip():
+                    yield f"line {number}", json.loads(line.decode("utf-8-sig")), file.tell()
             except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}, line {number}: broken JSON ({error}); each line must be one object") from None
+                raise UserError(f"{path}, line {number}: broken JSON ({error}); each line must be one object, of at most "
+                                f"{LONGEST_LINE >> 20} MB") from None
+
+
+def read_documents(path: Path) -> Iterator[tuple[str, bool, int]]:
+    """(text, False, bytes of the file read so far), or (a list of messages as JSON, True, bytes) for a conversation.
+
+    Never more than a document, or a 64th of LONGEST_LINE, in memory. Raises UserError with the file and the line.
+    """
+    place = "line 1"
+    try:
+        if path.suffix == ".txt":       # may be a whole book: cut at blank lines, so that some of it can be held out
+            with open(path, encoding="utf-8-sig") as file:
+                piece, size = [], 0
+                for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE // 64), ""), 1):
+                    piece.append(line)
+                    size, place = size + len(line), f"line {number}"
+                    if size >= 4000 and line == "\n" or size >= LONGEST_LINE // 64:
+                        yield "".join(piece).strip("\n") + "\n", False, file.buffer.tell()
+                        piece, size = [], 0
+                yield "".join(piece).strip("\n") + "\n", False, file.buffer.tell()
+            return
+        for place, record, read in read_records(path):
             match record:
                 case {"text": str(text)}:
-                    yield text, False
+                    is_chat = False
                 case {"messages": [*chat]} if (
                         all(isinstance(m, dict) and type(m.get("role")) is type(m.get("content")) is str for m in chat)
                         and any(m["role"] == "assistant" for m in chat)):
-                    yield json.dumps(chat, ensure_ascii=False), True
+                    text, is_chat = json.dumps(chat, ensure_ascii=False), True
                 case _:
-                    raise UserError(f'{path}, line {number}: needs "text" (a string) or "messages" (a list of "role" and '
-                                    '"content", one of them by "assistant")')
+                    raise UserError(f'{path}, {place}: needs "text" (a string) or "messages" (a list of "role" and "content", '
+                                    'one of them by "assistant")')
+            text.encode()       # JSON can spell half a character, "\ud800", which no tokenizer can take
+            yield text, is_chat, read
+    except (OSError, EOFError, zlib.error, ValueError) as error:     # pyarrow's errors are OSErrors or ValueErrors
+        raise UserError(f"cannot read {path}, near {place}: {str(error).splitlines()[0]}") from None
+
+
+def conversation(text: str) -> dict:
+    """A list of messages as JSON -> an entry of Corpus.sft_train."""
+    messages = json.loads(text)
+    last = [message["content"] for message in messages if message["role"] == "assistant"][-1]
+    return {"kind": "chat", "messages": messages, "answer": last}
 
 
 def folder_corpus(folder: str | Path) -> Corpus:
-    """Every .txt, .jsonl and .jsonl.gz below `folder`; its name or its folder's, if a domain's, tells the domain.
+    """Every file of FORMATS below `folder`; its name or its folder's, if a domain's, tells the domain.
 
     Raises UserError for a folder that is missing or holds too little, a file that cannot be read, a broken line.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"no folder {folder}: --data wants one with .txt, .jsonl or .jsonl.gz files")
+        raise UserError(f"no folder {folder}: --data wants one with {', '.join(FORMATS)} files")
     found = defaultdict(dict)       # domain, or "chat" -> its documents, the keys of a dict: that drops duplicates
-    for path in sorted(path for path in folder.rglob("*") if path.name.endswith((".txt", ".jsonl", ".jsonl.gz"))):
+    for path in sorted(path for path in folder.rglob("*") if path.name.endswith(FORMATS)):
         names = [path.name.split(".")[0], *reversed(path.relative_to(folder).parts[:-1])]
         domain = next((name for name in names if name in DOMAINS), "prose")
-        try:
-            for text, is_chat in read_documents(path):
-                text.encode()       # JSON can spell half a character, "\ud800", which no tokenizer can take
-                if text.strip():
-                    found["chat" if is_chat else domain][text] = None
-        except (OSError, EOFError, zlib.error, UnicodeError) as error:
-            raise UserError(f"cannot read {path}: {error}") from None
+        for text, is_chat, _ in read_documents(path):
+            if text.strip():
+                found["chat" if is_chat else domain][text] = None
 
     corpus = Corpus()
     for domain, texts in found.items():
@@ -410,14 +466,11 @@ def folder_corpus(folder: str | Path) -> Corpus:
             unseen = set(sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest())[:len(texts) > 1])
         for text in texts:
             if domain == "chat":
-                messages = json.loads(text)
-                last = [message["content"] for message in messages if message["role"] == "assistant"][-1]
-                part = corpus.sft_heldout if text in unseen else corpus.sft_train
-                part.append({"kind": "chat", "messages": messages, "answer": last})
+                (corpus.sft_heldout if text in unseen else corpus.sft_train).append(conversation(text))
             else:
                 (corpus.heldout if text in unseen else corpus.train)[domain].append(text)
     if not any(corpus.heldout.values()):
-        raise UserError(f"{folder} holds too little text: at least two documents in .txt, .jsonl or .jsonl.gz files")
+        raise UserError(f"{folder} holds too little text: at least two documents in {', '.join(FORMATS)} files")
     return corpus
 
 
@@ -479,6 +532,13 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[bytes, int]:
     return ranks
 
 
+def learn_tokenizer(corpus: Corpus, vocab_size: int) -> tiktoken.Encoding:
+    """From all that is trained on, conversations included: their words deserve tokens too."""
+    texts = [text for documents in corpus.train.values() for text in documents]
+    texts += [message["content"] for example in corpus.sft_train for message in example["messages"]]
+    return make_tokenizer(train_bpe(texts, vocab_size), "mobilemoe")
+
+
 def make_tokenizer(ranks: dict[bytes, int], name: str) -> tiktoken.Encoding:
     """Ranks, Llama-3's split pattern, and the special tokens after the ranks."""
     special = SPECIAL_TOKENS
@@ -517,12 +577,16 @@ def load_tokenizer_file(path: str | Path) -> tiktoken.Encoding:
 # From tokens to batches
 
 
+def token_dtype(encoding: tiktoken.Encoding) -> type:
+    return np.uint16 if encoding.n_vocab <= 65536 else np.uint32
+
+
 def tokenize_documents(docs: Iterable[str], encoding: tiktoken.Encoding) -> np.ndarray:
     """One stream, <|begin_of_text|> before each document: [tokens], uint16 or, for more than 65,536 tokens, uint32.
 
     A document that spells "<|eot_id|>" gets its characters, not the token: no text may forge the end of a turn.
     """
-    dtype = np.uint16 if encoding.n_vocab <= 65536 else np.uint32
+    dtype = token_dtype(encoding)
     begin = np.array([encoding.encode_single_token("<|begin_of_text|>")], dtype)
     stream = [begin[:0]]            # nothing, for no documents
     for doc in docs:
@@ -555,6 +619,22 @@ def shuffled(n: int, *key: int) -> np.ndarray:
     return np.random.default_rng(key).permutation(n)
 
 
+LARGEST_SHUFFLE = 2 ** 20
+
+
+def spread(n: int, position: int, *key: int) -> int:
+    """Number `position` of 0 ... n - 1 in a random order; a part of all numbers at a time if n is huge.
+
+    The windows of 6T tokens in one order would take 24 GB. Every `parts`-th window, shuffled, then the next such part: no part
+    misses any region of the data, and still each window comes once.
+    """
+    parts = -(-n // LARGEST_SHUFFLE)
+    size, larger = divmod(n, parts)         # the first `larger` parts hold one more
+    part = max(position // (size + 1), (position - larger) // size)
+    inside = position - part * size - min(part, larger)
+    return int(shuffled(size + (part < larger), *key, *[part][:part])[inside]) * parts + part
+
+
 class Mixture:
     """Batches for pre- and mid-training. Row n of a run depends on (seed, n) alone.
 
@@ -582,7 +662,7 @@ class Mixture:
             stream, before = self.tokens[domain], cycle * self.plan.count(domain) + self.plan[:row].count(domain)
             windows = -(-(len(stream) - 1) // self.context)
             epoch, position = divmod(before, windows)
-            start = int(shuffled(windows, self.seed, DOMAINS.index(domain), epoch)[position]) * self.context
+            start = spread(windows, position, self.seed, DOMAINS.index(domain), epoch) * self.context
             window = stream[start:start + self.context + 1]
             rows[b, :len(window)] = window
         targets = rows[:, 1:]
@@ -632,7 +712,223 @@ def xz_bits_per_byte(texts: list[str]) -> float:
     return 8 * len(lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME)) / len(raw)
 
 
-def main() -> None:
+# ----------------------------------------------------------------------------------------------------------------------
+# Data larger than memory: files -> shards of tokens on the disk -> streams that read only what a batch asks for
+#
+# A folder of shards has one tokenizer (RANKS), for each domain prose-00000.bin, ... (plain arrays) and prose.json, the index:
+# "inputs" [[file, bytes], ...]; "end" [file, document]: all before it is done; "shards": their lengths in tokens;
+# "bytes" of text and "read" of input so far; "heldout" {hash: text}. It is written after the shard that it counts.
+
+RANKS = "mobilemoe.tiktoken"
+SHARD, CHUNK = 2 ** 25, 2 ** 19         # tokens in a shard, at least; characters that a worker gets at a time
+HELDOUT = 200_000                       # characters held out per domain, at most: a run measures them again and again
+
+
+def read_chunks(paths: list[Path], index: dict, is_chat: bool) -> Iterator[tuple[list[str], dict]]:
+    """From where the index says: about CHUNK characters of training documents, and what the index is to say after them.
+
+    One document in 1000 is kept out, and the first, so that no domain is without. The hash decides, so a copy is kept out too;
+    of those kept out the ones of smallest hash are measured: a sample of all files, without knowing how many there are.
+    """
+    kept, total, docs, size, (first, done) = dict(index["heldout"]), index["bytes"], [], 0, index["end"]
+    before = sum(path.stat().st_size for path in paths[:first])
+    for number, path in enumerate(paths[first:], first):
+        for document, (text, chat, read) in enumerate(read_documents(path), 1):
+            if number == first and document <= done or not text.strip():
+                continue
+            if chat != is_chat:
+                raise UserError(f"{path}, document {document}: conversations, and nothing else, belong to --domain chat")
+            raw = text.encode()
+            total, size, key = total + len(raw), size + len(text), hashlib.sha256(raw).hexdigest()[:16]
+            if int(key, 16) < 2 ** 64 // 1000 or key in kept or not kept:
+                kept[key] = text if chat else text[:HELDOUT // 4]
+                while sum(map(len, kept.values())) > HELDOUT and len(kept) > 1:
+                    del kept[max(kept)]
+            else:
+                docs.append(text)
+            if size >= CHUNK:
+                yield docs, {"end": [number, document], "bytes": total, "read": before + read, "heldout": dict(kept)}
+                docs, size = [], 0
+        before += path.stat().st_size
+    yield docs, {"end": [len(paths), 0], "bytes": total, "read": before, "heldout": kept}
+
+
+def start_worker(tokenizer: dict):
+    global worker_encoding
+    worker_encoding = tokenizer_from_dict(tokenizer)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C reaches the whole group; the parent ends its workers
+    # A parent that is killed ends nobody: without this, its workers would wait for ever.
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+
+
+def encode_chunk(docs: list[str], is_chat: bool) -> np.ndarray:
+    """One stream of tokens. In conversations bit 31 of a token is its loss mask: one file, and nothing to fall out of step."""
+    if not is_chat:
+        return tokenize_documents(docs, worker_encoding)
+    pairs = [encode_example(worker_encoding, json.loads(doc)) for doc in docs]
+    return np.array([i | m << 31 for ids, mask in pairs for i, m in zip(ids, mask)], np.uint32)
+
+
+def encode_in_order(pool: ProcessPoolExecutor, chunks: Iterable, is_chat: bool, ahead: int) -> Iterator[tuple]:
+    """(tokens, state) of the chunks, as the files have them; at most `ahead` wait (pool.map would read all files at once)."""
+    waiting = deque()
+    for docs, state in chunks:
+        waiting.append((pool.submit(encode_chunk, docs, is_chat), state))
+        if len(waiting) > ahead:
+            future, state = waiting.popleft()
+            yield future.result(), state
+    yield from ((future.result(), state) for future, state in waiting)
+
+
+def folder_tokenizer(out: Path, file: str | None) -> tiktoken.Encoding:
+    """The tokenizer of a folder of shards. At first: the file's, or that of the default run, learned from the corpus."""
+    if not (out / RANKS).is_file():
+        if not file:
+            print("tokenizer: learning that of the default training run from the embedded corpus", flush=True)
+        encoding = load_tokenizer_file(file) if file else learn_tokenizer(embedded_corpus(), PRESETS["tiny"].vocab_size)
+        with atomic_write(out / RANKS) as ranks:
+            ranks.write(tokenizer_to_dict(encoding)["ranks"].encode())
+    elif file and load_tokenizer_file(file)._mergeable_ranks != load_tokenizer_file(out / RANKS)._mergeable_ranks:
+        raise UserError(f"{out} was made with another tokenizer than {file}: leave it out, or choose another --out")
+    return load_tokenizer_file(out / RANKS)
+
+
+def tokenize_files(files: list[str], domain: str, out: str | Path, tokenizer: str | None = None, workers: int | None = None):
+    """Files of FORMATS -> shards of one domain in the folder `out`, byte for byte the same whatever the number of workers.
+
+    Called again after an interruption, it goes on after the last whole shard. Raises UserError for what it cannot read.
+    """
+    paths, out, workers = [Path(file) for file in files], Path(out), workers or os.cpu_count()
+    domain = {"web": "prose"}.get(domain, domain)       # the paper's name for it
+    if domain not in (*DOMAINS, "chat"):
+        raise UserError(f"unknown domain {domain!r}: choose {', '.join(DOMAINS)}, or chat for conversations")
+    for path in paths:
+        if not path.name.endswith(FORMATS) or not path.is_file():
+            raise UserError(f"{path} is not a file of {', '.join(FORMATS)}")
+    out.mkdir(parents=True, exist_ok=True)
+    entry, index_file = tokenizer_to_dict(folder_tokenizer(out, tokenizer)), out / f"{domain}.json"
+    inputs = [[str(path), path.stat().st_size] for path in paths]
+    index = {"inputs": inputs, "end": [0, 0], "shards": [], "bytes": 0, "read": 0, "heldout": {}}
+    if index_file.is_file():
+        index = read_index(index_file)
+        done, names = index["end"][0], [name for name, _ in index["inputs"]]
+        # Of the file it stopped in, and those after, only the name must be the same: a broken line may have been mended.
+        if inputs[:done] != index["inputs"][:done] or [name for name, _ in inputs] != names:
+            raise UserError(f"{index_file} was begun with other files: give the same again, or choose another --out")
+        if done == len(inputs):
+            return print(f"{domain}: finished before, {sum(index['shards']):,} tokens in {out}")
+    for leftover in out.glob(f".{domain}*.part"):       # a file whose writing was killed
+        leftover.unlink()
+
+    progress = Progress(index, sum(size for _, size in inputs))
+    pool = ProcessPoolExecutor(workers, initializer=start_worker, initargs=(entry,))
+    try:
+        results = encode_in_order(pool, read_chunks(paths, index, domain == "chat"), domain == "chat", 2 * workers)
+        for result in results:              # one turn per shard
+            tokens = 0
+            with atomic_write(out / f"{domain}-{len(index['shards']):05d}.bin") as file:
+                for ids, state in chain([result], results):
+                    file.write(ids)
+                    tokens += len(ids)
+                    progress.show(domain, state, sum(index["shards"]) + tokens, last=state["end"][0] == len(paths))
+                    if tokens >= SHARD:
+                        break
+            index |= {"inputs": inputs, "shards": [*index["shards"], tokens], **state}
+            with atomic_write(index_file) as file:
+                file.write(json.dumps(index).encode())
+    except BrokenProcessPool:
+        raise UserError("a worker was killed (out of memory?): the same command goes on after the last whole shard") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+class Progress:
+    """A live line on a terminal, a line every ten seconds elsewhere."""
+
+    def __init__(self, index: dict, size: int):
+        self.size, self.first = size, dict(index)
+        self.began = self.shown = time.time()
+
+    def show(self, domain: str, state: dict, tokens: int, last: bool):
+        now, live = time.time(), sys.stdout.isatty()
+        if last or now - self.shown > (1 if live else 10):
+            self.shown, seconds = now, now - self.began
+            left = int((self.size - state["read"]) * seconds / max(1, state["read"] - self.first["read"]))
+            print("\r" * live + f"{domain}: {state['bytes'] / 1e6:,.1f} MB of text, {tokens:,} tokens | "
+                  f"{(state['bytes'] - self.first['bytes']) / 1e6 / seconds:.1f} MB/s | {left // 60}:{left % 60:02d} left ",
+                  end="\n" if last or not live else "", flush=True)
+
+
+def read_index(path: Path) -> dict:
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError:
+        raise UserError(f"{path} is damaged: delete the files of this domain and tokenize it again") from None
+
+
+class Shards:
+    """Shards as one array: len(stream), and stream[a:b], which reads from the disk what it returns and no more."""
+
+    def __init__(self, parts: list[np.ndarray]):
+        self.parts, self.ends = parts, np.cumsum([len(part) for part in parts])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, window: slice) -> np.ndarray:
+        """[tokens of the window]: of one shard nearly always, of two or more at their borders."""
+        start, stop, _ = window.indices(len(self))
+        first, last = np.searchsorted(self.ends, [start, stop - 1], "right")
+        begins = [int(end) - len(part) for end, part in zip(self.ends[first:last + 1], self.parts[first:last + 1])]
+        windows = [part[max(0, start - begin):stop - begin] for begin, part in zip(begins, self.parts[first:])]
+        return np.concatenate([self.parts[0][:0], *windows])
+
+
+def shard_streams(folder: str | Path) -> dict[str, Shards]:
+    """The streams in a folder of shards by domain ("chat" included), mapped into memory, not read. Raises UserError."""
+    folder, streams = Path(folder), {}
+    dtype = token_dtype(load_tokenizer_file(folder / RANKS))
+    for path in (folder / f"{domain}.json" for domain in (*DOMAINS, "chat")):
+        if path.is_file():
+            index, kind, parts = read_index(path), np.dtype(np.uint32 if path.stem == "chat" else dtype), []
+            if index["end"][0] < len(index["inputs"]):
+                raise UserError(f"{path.stem} in {folder} is unfinished: give the same `python data.py tokenize ...` again")
+            for i, tokens in enumerate(index["shards"]):
+                shard = folder / f"{path.stem}-{i:05d}.bin"
+                if not shard.is_file() or shard.stat().st_size != tokens * kind.itemsize:
+                    raise UserError(f"{shard} is missing or damaged: delete the files of this domain and tokenize it again")
+                parts += [np.memmap(shard, kind, "r")] if tokens else []         # an empty file cannot be mapped
+            streams[path.stem] = Shards(parts or [np.zeros(0, kind)])
+    return streams
+
+
+def is_sharded(folder: str | Path) -> bool:
+    return (Path(folder) / RANKS).is_file()
+
+
+def open_shards(folder: str | Path) -> dict:
+    """What training needs to know, under the names of train.py's tokens.pt, as arrays; "train" are streams on the disk.
+
+    {"tokenizer", "train": {domain: Shards}, "heldout": {domain: {"ids" int32, "bytes"}}, "xz": {domain: bits per byte},
+    "chat": {"ids" int32, "mask" bool, "lengths" int64}, "sft_heldout": conversations as in Corpus}
+    Conversations are read into memory: packing them into rows has to see them all.
+    """
+    folder, streams, encoding = Path(folder), shard_streams(folder), load_tokenizer_file(Path(folder, RANKS))
+    texts = {domain: list(read_index(folder / f"{domain}.json")["heldout"].values()) for domain in streams}
+    asked = [conversation(text) for text in texts.pop("chat", ())]
+    chat = streams.pop("chat")[:] if asked else np.zeros(0, np.uint32)
+    ids = (chat & 0x7FFFFFFF).astype(np.int32)
+    starts = np.flatnonzero(ids == encoding.encode_single_token("<|begin_of_text|>"))      # no text can forge one
+    heldout = {domain: {"ids": tokenize_documents(held, encoding).astype(np.int32), "bytes": sum(len(t.encode()) for t in held)}
+               for domain, held in texts.items() if held}
+    return {"tokenizer": tokenizer_to_dict(encoding), "train": streams, "heldout": heldout,
+            "xz": {domain: xz_bits_per_byte(texts[domain]) for domain in heldout}, "sft_heldout": asked,
+            "chat": {"ids": ids, "mask": chat >> 31 == 1, "lengths": np.diff(starts, append=len(ids))}}
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def describe() -> None:
+    """The table and the samples that `python data.py` prints."""
     corpus = embedded_corpus()
     print(f"{'domain':<10}{'documents':>10}{'MB':>7}{'held out':>10}{'MB':>7}{'xz bits/byte':>14}")
     for domain in DOMAINS:
@@ -646,6 +942,21 @@ def main() -> None:
         print(f"\n--- {domain} ---\n{random.Random(1).choice(corpus.heldout[domain])[:500]}")
     for kind, pair in {pair["kind"]: pair for pair in corpus.sft_heldout}.items():
         print(f"\n--- {kind} ---", *(f"{m['role']}: {m['content']}" for m in pair["messages"]), sep="\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    command = parser.add_subparsers(dest="command").add_parser("tokenize", help="files -> shards of tokens for train.py --data")
+    command.add_argument("files", nargs="+", help=", ".join(FORMATS))
+    command.add_argument("--domain", required=True, help=f"one of {', '.join(DOMAINS)} (or web: prose); chat for conversations")
+    command.add_argument("--out", required=True, metavar="FOLDER", help="one for all domains; interrupted, say the same again")
+    command.add_argument("--tokenizer", metavar="FILE", help="a tiktoken rank file, such as Llama-3's tokenizer.model; "
+                         "by default that of the default training run, learned from the embedded corpus")
+    args = parser.parse_args()
+    if args.command:
+        tokenize_files(args.files, args.domain, args.out, args.tokenizer)
+    else:
+        describe()
 
 
 if __name__ == "__main__":

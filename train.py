@@ -106,8 +106,9 @@ def stages_for(config: Config) -> dict[str, Stage]:
 def prepare_data(run: Path, folder: str | None, tokenizer_file: str | None, vocab_size: int) -> dict:
     """Corpus -> tokenizer -> token streams, as a dict that torch.save can write.
 
-    {"source", "tokenizer", "train": {domain: ids}, "heldout": {domain: {"ids", "bytes"}}, "xz": {domain: bits per byte},
-    "questions": one of each kind of "sft_heldout" (JSON), "chat": {"ids", "mask", "lengths"}}
+    {"source", "shards": folder of the training text if it stays on the disk, "tokenizer", "train": {domain: ids},
+    "heldout": {domain: {"ids", "bytes"}}, "xz": {domain: bits per byte}, "chat": {"ids", "mask", "lengths"},
+    "sft_heldout" (JSON), "questions": one of each kind of those}
     """
     path = run / "tokens.pt"
     source = [str(folder or ""), str(tokenizer_file or "")]
@@ -121,6 +122,25 @@ def prepare_data(run: Path, folder: str | None, tokenizer_file: str | None, voca
         return prepared
     start = time.time()
     print("data: " + (f"reading {folder}" if folder else "documentation and source of Python, NumPy and PyTorch"), flush=True)
+    if folder and data.is_sharded(folder):
+        if tokenizer_file:
+            raise UserError(f"{folder} holds tokens already, made with its own tokenizer: leave --tokenizer out")
+        prepared = {"source": source, "shards": str(folder), **prepare_shards(folder, vocab_size)}
+    else:
+        prepared = {"source": source, "shards": "", **prepare_text(folder, tokenizer_file, vocab_size)}
+    unseen = {example["kind"]: example["messages"] for example in reversed(json.loads(prepared["sft_heldout"]))}
+    prepared["questions"] = [messages[0]["content"] for messages in unseen.values() if messages[0]["role"] == "user"]
+    run.mkdir(parents=True, exist_ok=True)      # not before the data has turned out to be good
+    with atomic_write(path) as file:
+        torch.save(prepared, file)
+    tokens = {domain: len(stream) for domain, stream in text_streams(prepared).items()}
+    print(f"data: {sum(tokens.values()):,} tokens ({', '.join(f'{d} {n:,}' for d, n in tokens.items())}), "
+          f"{len(prepared['chat']['lengths']):,} conversations, {time.time() - start:.0f} s", flush=True)
+    return prepared
+
+
+def prepare_text(folder: str | None, tokenizer_file: str | None, vocab_size: int) -> dict:
+    """From text that fits in memory: the embedded corpus, or a folder's."""
     corpus = data.folder_corpus(folder) if folder else data.embedded_corpus()
     if tokenizer_file:
         encoding = data.load_tokenizer_file(tokenizer_file)
@@ -129,12 +149,9 @@ def prepare_data(run: Path, folder: str | None, tokenizer_file: str | None, voca
                         "(a Llama-3 tokenizer.model or any tiktoken rank file)")
     else:
         print(f"data: learning {vocab_size:,} tokens by byte-pair encoding", flush=True)
-        texts = [text for documents in corpus.train.values() for text in documents]
-        texts += [message["content"] for example in corpus.sft_train for message in example["messages"]]
-        encoding = data.make_tokenizer(data.train_bpe(texts, vocab_size), "mobilemoe")
-    if encoding.n_vocab > vocab_size:
-        raise UserError(f"the tokenizer has {encoding.n_vocab:,} tokens, the model's vocabulary only {vocab_size:,}")
-    prepared = {"source": source, "tokenizer": data.tokenizer_to_dict(encoding), "train": {}, "heldout": {}, "xz": {}}
+        encoding = data.learn_tokenizer(corpus, vocab_size)
+    require_room(encoding.n_vocab, vocab_size)
+    prepared = {"tokenizer": data.tokenizer_to_dict(encoding), "train": {}, "heldout": {}, "xz": {}}
     for domain in data.DOMAINS:
         prepared["train"][domain] = torch.from_numpy(data.tokenize_documents(corpus.train[domain], encoding))
         if held := corpus.heldout[domain]:
@@ -144,19 +161,33 @@ def prepare_data(run: Path, folder: str | None, tokenizer_file: str | None, voca
                                            "bytes": sum(len(text.encode()) for text in held)}
             prepared["xz"][domain] = data.xz_bits_per_byte(held)
     chats = [data.encode_example(encoding, example["messages"]) for example in corpus.sft_train]
-    unseen = {example["kind"]: example["messages"] for example in reversed(corpus.sft_heldout)}      # one of each kind
-    prepared["sft_heldout"] = json.dumps(corpus.sft_heldout)        # evaluate.py asks all of them, train.py one of each kind
-    prepared["questions"] = [messages[0]["content"] for messages in unseen.values() if messages[0]["role"] == "user"]
     prepared["chat"] = {"ids": torch.tensor([i for ids, _ in chats for i in ids], dtype=torch.int32),
                         "mask": torch.tensor([m for _, mask in chats for m in mask], dtype=torch.bool),
                         "lengths": torch.tensor([len(ids) for ids, _ in chats], dtype=torch.int64)}
-    run.mkdir(parents=True, exist_ok=True)      # not before the data has turned out to be good
-    with atomic_write(path) as file:
-        torch.save(prepared, file)
-    tokens = {domain: len(ids) for domain, ids in prepared["train"].items()}
-    print(f"data: {sum(tokens.values()):,} tokens ({', '.join(f'{d} {n:,}' for d, n in tokens.items())}), "
-          f"{len(chats):,} conversations, {time.time() - start:.0f} s", flush=True)
-    return prepared
+    # evaluate.py asks all of these questions, train.py one of each kind
+    return prepared | {"sft_heldout": json.dumps(corpus.sft_heldout)}
+
+
+def prepare_shards(folder: str, vocab_size: int) -> dict:
+    """From `python data.py tokenize`: training text stays on the disk, all else is as small as from text."""
+    found = data.open_shards(folder)
+    require_room(tokenizer_from_dict(found["tokenizer"]).n_vocab, vocab_size)
+    heldout = {domain: held | {"ids": torch.from_numpy(held["ids"])} for domain, held in found["heldout"].items()}
+    return {"tokenizer": found["tokenizer"], "train": {}, "heldout": heldout, "xz": found["xz"],
+            "chat": {key: torch.from_numpy(array) for key, array in found["chat"].items()},
+            "sft_heldout": json.dumps(found["sft_heldout"])}
+
+
+def require_room(tokens: int, vocab_size: int):
+    if tokens > vocab_size:
+        raise UserError(f"the tokenizer has {tokens:,} tokens, the model's vocabulary only {vocab_size:,}")
+
+
+def text_streams(prepared: dict) -> dict:
+    """{domain: an array of tokens}, in memory or mapped from the shards."""
+    if prepared["shards"]:
+        return {domain: stream for domain, stream in data.shard_streams(prepared["shards"]).items() if domain != "chat"}
+    return {domain: ids.numpy() for domain, ids in prepared["train"].items()}
 
 
 class Batches:
@@ -167,7 +198,7 @@ class Batches:
         weights = dict(stage.mixture)
         chat_weight, lengths = weights.pop("chat", 0), prepared["chat"]["lengths"].tolist()
         if weights:
-            self.text = data.Mixture({d: ids.numpy() for d, ids in prepared["train"].items()}, weights, stage.context, seed)
+            self.text = data.Mixture(text_streams(prepared), weights, stage.context, seed)
         if chat_weight:
             ids, mask = (prepared["chat"][key].split(lengths) for key in ("ids", "mask"))
             examples = [(i.tolist(), m.tolist()) for i, m in zip(ids, mask)]
@@ -702,7 +733,8 @@ def read_arguments():
     parser.add_argument("--preset", default="tiny", help=f"one of {', '.join(PRESETS)} (%(default)s)")
     parser.add_argument("--config", metavar="FILE", help="a JSON file of config fields, in place of a preset")
     parser.add_argument("--run", type=Path, metavar="FOLDER", help="where checkpoints and reports go (runs/PRESET)")
-    parser.add_argument("--data", metavar="FOLDER", help="folder of .txt, .jsonl or .jsonl.gz in place of the embedded corpus")
+    parser.add_argument("--data", metavar="FOLDER", help="text (.txt, .jsonl, .jsonl.gz, .parquet) or shards made by "
+                        "`python data.py tokenize`, in place of the embedded corpus")
     parser.add_argument("--tokenizer", metavar="FILE", help="a tiktoken rank file, such as Llama-3's tokenizer.model")
     parser.add_argument("--tokens", type=float, help="train this stage on so many tokens instead of the table's")
     parser.add_argument("--micro-rows", type=int, default=0, help="rows in memory at a time, the rest accumulated")

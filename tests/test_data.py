@@ -7,9 +7,11 @@ import hashlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import sysconfig
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -459,8 +461,8 @@ GOOD = '{"text": "fine"}\n'
     ("a.jsonl", '{"messages": [{"role": "user", "content": "no answer"}]}\n', "a.jsonl, line 1: needs"),
     ("a.jsonl", '{"messages": [{"role": "assistant", "content": null}]}\n', "a.jsonl, line 1: needs"),
     ("a.jsonl", '{"messages": "hello"}\n', "a.jsonl, line 1: needs"),
-    ("a.jsonl", '{"text": "\\ud800"}\n', "cannot read .*a.jsonl"),
-    ("a.jsonl", b'{"text": "caf\xe9"}\n', "cannot read .*a.jsonl"),
+    ("a.jsonl", GOOD + '{"text": "\\ud800"}\n', "cannot read .*a.jsonl, near line 2"),
+    ("a.jsonl", GOOD.encode() + b'{"text": "caf\xe9"}\n', "a.jsonl, line 2: broken JSON"),
     ("a.txt", b"caf\xe9", "cannot read .*a.txt"),
     ("a.jsonl.gz", GOOD, "cannot read .*a.jsonl.gz"),
     ("a.jsonl.gz", gzip.compress(GOOD.encode() * 1000)[:-12], "cannot read .*a.jsonl.gz"),
@@ -485,12 +487,240 @@ def test_missing_folder_and_unreadable_file(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Shards
 
 
-def test_the_table_of_the_corpus(corpus, capsys, monkeypatch):
+def shard_files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def rank_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("ranks") / "given.tiktoken"
+    path.write_text(rank_lines(data.train_bpe([SAMPLE], 400)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def small(rank_file):
+    return data.load_tokenizer_file(rank_file)
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    monkeypatch.setattr(data, "SHARD", 20_000)
+    monkeypatch.setattr(data, "CHUNK", 5_000)
+
+
+TEXTS = [f"Document {i}: {SAMPLE[i % 50:i % 90 + 50]}\n" for i in range(4000)]
+
+
+def write_jsonl(path: Path, key: str, values: list) -> Path:
+    with (gzip.open if path.suffix == ".gz" else open)(path, "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps({key: value}) + "\n" for value in values)
+    return path
+
+
+def test_shards_are_the_documents_in_order_whatever_the_workers(tmp_path, small, rank_file, small_shards):
+    files = [write_jsonl(tmp_path / name, "text", texts)
+             for name, texts in (("a.jsonl", TEXTS[:2500]), ("b.jsonl.gz", TEXTS[2500:]))]
+    (tmp_path / "c.txt").write_text("\n\n".join(f"Paragraph {i}. " + "It goes on and on. " * 20 for i in range(100)))
+    pieces = [text for text, _, _ in data.read_documents(tmp_path / "c.txt")]
+    assert len(pieces) > 5
+    for workers in (1, 3):
+        data.tokenize_files([*files, tmp_path / "c.txt"], "web", tmp_path / f"out{workers}", rank_file, workers)
+    assert shard_files(tmp_path / "out1") == shard_files(tmp_path / "out3")
+    held = json.loads((tmp_path / "out1" / "prose.json").read_text())["heldout"].values()
+    assert TEXTS[0] in held and 2 < len(held) < 12                      # one in a thousand, and the first
+    stream = data.open_shards(tmp_path / "out1")["train"]["prose"]
+    expected = data.tokenize_documents([text for text in TEXTS + pieces if text not in held], small)
+    assert len(stream.parts) > 5 and len(stream) == len(expected) and (stream[:] == expected).all()
+    assert all(len(part) >= 20_000 for part in stream.parts[:-1])
+    opened = data.open_shards(tmp_path / "out1")
+    assert opened["heldout"]["prose"]["ids"].tolist() == data.tokenize_documents(held, small).tolist()
+    assert opened["heldout"]["prose"]["bytes"] == sum(len(text.encode()) for text in held)
+    assert opened["xz"] == {"prose": data.xz_bits_per_byte(list(held))} and not len(opened["chat"]["ids"])
+    assert tokenizer_from_dict(opened["tokenizer"]).encode_ordinary(SAMPLE) == small.encode_ordinary(SAMPLE)
+
+
+def test_a_stream_of_shards_reads_like_one_array(tmp_path):
+    whole, parts = np.arange(1000, dtype=np.uint16), []
+    for i, (start, stop) in enumerate([(0, 1), (1, 300), (300, 302), (302, 1000)]):
+        whole[start:stop].tofile(tmp_path / str(i))
+        parts.append(np.memmap(tmp_path / str(i), np.uint16, "r"))
+    stream = data.Shards(parts)
+    for start, stop in [(0, 1000), (0, 1), (0, 0), (299, 303), (300, 302), (990, 2000), (1000, 1001), (5, 5)]:
+        window = stream[start:stop]
+        assert window.tolist() == whole[start:stop].tolist() and window.dtype == np.uint16
+    plain, sharded = (data.Mixture({"code": tokens}, {"code": 1.0}, 16, seed=1) for tokens in (whole, stream))
+    for step in range(20):
+        assert all((a == b).all() for a, b in zip(plain.batch(step, 8), sharded.batch(step, 8)))
+
+
+@pytest.mark.parametrize("n", [1, 99, 100, 101, 1000, 1234])
+def test_a_huge_shuffle_in_parts_still_takes_each_window_once(n, monkeypatch):
+    before = [data.spread(n, position, 7, 1) for position in range(n)]
+    assert before == data.shuffled(n, 7, 1).tolist()                    # one part: the plain shuffle
+    monkeypatch.setattr(data, "LARGEST_SHUFFLE", 100)
+    order = [data.spread(n, position, 7, 1) for position in range(n)]
+    assert sorted(order) == list(range(n)) and (order == before) == (n <= 100)
+    assert n < 1000 or max(order[:90]) - min(order[:90]) > 0.9 * n      # no part is a region
+
+
+TOKENIZE = """import signal, sys, data
+signal.signal(signal.SIGINT, signal.default_int_handler)        # a shell's background job ignores Ctrl-C
+data.SHARD, data.CHUNK = 20_000, 5_000
+data.tokenize_files(sys.argv[1:2], "prose", sys.argv[2], sys.argv[3], 2)"""
+
+
+def test_killed_and_begun_again_ends_in_the_same_bytes(tmp_path, rank_file, small_shards):
+    path, out = write_jsonl(tmp_path / "a.jsonl", "text", TEXTS * 12), tmp_path / "out"
+    data.tokenize_files([path], "prose", tmp_path / "whole", rank_file)
+    for shards, blow in ((2, signal.SIGKILL), (5, signal.SIGINT)):
+        command = [sys.executable, "-c", TOKENIZE, path, out, rank_file]
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            while not (out / f"prose-{shards:05d}.bin").exists():
+                assert process.poll() is None, "finished before it could be killed"
+                time.sleep(0.001)
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+            workers = children.read_text().split() if children.exists() else []
+            process.send_signal(blow)
+        with pytest.raises(UserError, match="unfinished"):
+            data.open_shards(out)
+        deadline = time.time() + 20         # a process that is gone but not yet reaped has an empty command line
+        while any(Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes() for pid in workers):
+            assert time.time() < deadline, "workers outlive their parent"
+            time.sleep(0.05)
+    began = (out / "prose-00000.bin").stat().st_mtime_ns
+    data.tokenize_files([path], "prose", out, rank_file)
+    assert shard_files(out) == shard_files(tmp_path / "whole")          # and no .part is left
+    assert (out / "prose-00000.bin").stat().st_mtime_ns == began        # what was finished is not made again
+
+
+def test_a_broken_line_costs_nothing_that_was_finished(tmp_path, rank_file, small_shards):
+    path = write_jsonl(tmp_path / "a.jsonl", "text", TEXTS)
+    good = path.read_bytes()
+    data.tokenize_files([path], "prose", tmp_path / "whole", rank_file, 2)
+    lines = good.splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:3000], b'{"text": "cut\n', *lines[3000:]]))
+    with pytest.raises(UserError, match="a.jsonl, line 3001: broken JSON"):
+        data.tokenize_files([path], "prose", tmp_path / "out", rank_file, 2)
+    kept = shard_files(tmp_path / "out")
+    assert "prose-00002.bin" in kept and not any(name.endswith(".part") for name in kept)
+    path.write_bytes(good)
+    data.tokenize_files([path], "prose", tmp_path / "out", rank_file, 2)
+    assert shard_files(tmp_path / "out") == shard_files(tmp_path / "whole")
+
+
+def test_conversations_in_shards(tmp_path, small, rank_file, small_shards):
+    chats = [[{"role": "user", "content": f"{i} <|begin_of_text|>?"}, {"role": "assistant", "content": f"{i}!"}]
+             for i in range(2000)]
+    data.tokenize_files([write_jsonl(tmp_path / "a.jsonl", "messages", chats)], "chat", tmp_path / "out", rank_file, 2)
+    opened = data.open_shards(tmp_path / "out")
+    held = [example["messages"] for example in opened["sft_heldout"]]
+    assert {"kind": "chat", "messages": chats[0], "answer": "0!"} in opened["sft_heldout"]
+    expected = [data.encode_example(small, chat) for chat in chats if chat not in held]
+    chat = opened["chat"]
+    assert chat["lengths"].tolist() == [len(ids) for ids, _ in expected] and opened["train"] == opened["heldout"] == {}
+    assert chat["ids"].tolist() == [i for ids, _ in expected for i in ids]
+    assert chat["mask"].tolist() == [bool(m) for _, mask in expected for m in mask]
+
+
+def test_parquet(tmp_path, rank_file, small_shards):
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    chats = [[{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"{i}!"}] for i in range(300)]
+    for domain, key, values in (("prose", "text", TEXTS[:700]), ("chat", "messages", chats)):
+        columns = {"number": list(range(len(values))), key: values}
+        parquet.write_table(arrow.table(columns), tmp_path / "a.parquet", row_group_size=200)
+        data.tokenize_files([tmp_path / "a.parquet"], domain, tmp_path / "a", rank_file, 1)
+        data.tokenize_files([write_jsonl(tmp_path / "a.jsonl", key, values)], domain, tmp_path / "b", rank_file, 1)
+        for name in (f"{domain}-00000.bin", "mobilemoe.tiktoken"):
+            assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() != b""
+    for bad, says in (({"text": ["fine", None]}, "row 2: needs"), ({"body": ["no such column"]}, "row 1: needs")):
+        parquet.write_table(arrow.table(bad), tmp_path / "bad.parquet")
+        with pytest.raises(UserError, match=f"bad.parquet, {says}"):
+            data.tokenize_files([tmp_path / "bad.parquet"], "code", tmp_path / "a", None, 1)
+    (tmp_path / "bad.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-9])
+    with pytest.raises(UserError, match="cannot read .*bad.parquet") as error:
+        data.tokenize_files([tmp_path / "bad.parquet"], "code", tmp_path / "a", None, 1)
+    assert "\n" not in str(error.value)
+
+
+def test_parquet_without_pyarrow(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match="pip install pyarrow"):
+        next(data.read_documents(tmp_path / "a.parquet"))
+
+
+def test_a_file_without_line_breaks_is_cut(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "LONGEST_LINE", 64 * 1000)
+    (tmp_path / "a.txt").write_text("é word " * 1000)
+    pieces = [text for text, _, _ in data.read_documents(tmp_path / "a.txt") if text.strip()]
+    assert len(pieces) == 7 and "".join(piece[:-1] for piece in pieces) == "é word " * 1000
+    write_jsonl(tmp_path / "a.jsonl", "text", ["fine", "x" * 64_000])
+    with pytest.raises(UserError, match="a.jsonl, line 2: .* at most"):
+        list(data.read_documents(tmp_path / "a.jsonl"))
+
+
+def test_the_default_tokenizer_is_learned_once_and_kept(tmp_path, monkeypatch, call, refused, rank_file):
+    corpus = data.Corpus()
+    corpus.train["prose"] = TEXTS[:50]
+    calls = []
+    monkeypatch.setattr(data, "embedded_corpus", lambda: calls.append(1) or corpus)
+    path, out = write_jsonl(tmp_path / "a.jsonl", "text", TEXTS[:100]), tmp_path / "out"
+    for domain in ("web", "code", "web"):
+        code, said, _ = call(data.main, "tokenize", path, "--domain", domain, "--out", out)
+        assert code == 0
+    assert "finished before" in said and calls == [1]
+    learned = data.learn_tokenizer(corpus, 4096)
+    opened = data.open_shards(out)
+    assert opened["tokenizer"] == data.tokenizer_to_dict(learned) and list(opened["train"]) == ["prose", "code"]
+    arguments = ("tokenize", path, "--domain", "maths", "--out", out, "--tokenizer", rank_file)
+    assert "another tokenizer" in refused(data.main, *arguments)
+
+
+def test_what_tokenize_refuses(tmp_path, refused, rank_file):
+    path, out = write_jsonl(tmp_path / "a.jsonl", "text", TEXTS[:100]), tmp_path / "out"
+    chat = write_jsonl(tmp_path / "chat.jsonl", "messages", [[{"role": "assistant", "content": "Hello."}]])
+    (tmp_path / "a.md").write_text("text")
+
+    def says(file: Path, domain: str = "prose") -> str:
+        return refused(data.main, "tokenize", file, "--domain", domain, "--out", out, "--tokenizer", rank_file)
+
+    assert "unknown domain 'news'" in says(path, "news")
+    assert "a.md is not" in says(tmp_path / "a.md") and "b.txt is not" in says(tmp_path / "b.txt")
+    assert "chat.jsonl, document 1" in says(chat) and "a.jsonl, document 1" in says(path, "chat")
+    assert not out.exists() or list(out.iterdir()) == [out / data.RANKS]
+    data.tokenize_files([path], "prose", out, rank_file, 1)
+    assert "other files" in says(chat)
+    os.truncate(out / "prose-00000.bin", 100)
+    with pytest.raises(UserError, match="prose-00000.bin is missing or damaged"):
+        data.open_shards(out)
+    (out / "prose.json").write_text('{"inputs"')
+    with pytest.raises(UserError, match="prose.json is damaged"):
+        data.open_shards(out)
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_files(tmp_path, rank_file):
+    script = TOKENIZE.replace("20_000, 5_000", "2 ** 20, 2 ** 19") + """
+import resource
+print(sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))"""
+    peaks = []
+    for times in (10, 100):
+        path = write_jsonl(tmp_path / f"{times}.jsonl", "text", TEXTS * times)
+        command = [sys.executable, "-c", script, path, tmp_path / str(times), rank_file]
+        said = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, text=True).stdout
+        peaks.append(int(said.split()[-1]) / 1024)
+    assert peaks[1] < peaks[0] + 60 and peaks[1] < 1000, peaks           # MB; the files are 5 MB and 50 MB
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_table_of_the_corpus(corpus, call, monkeypatch):
     monkeypatch.setattr(data, "embedded_corpus", lambda: corpus)
-    data.main()
-    out = capsys.readouterr().out
+    _, out, _ = call(data.main)
     rows = {line.split()[0]: line.split() for line in out.splitlines()[1:5]}
     assert list(rows) == list(data.DOMAINS)
     assert 2.0 < float(rows["prose"][-1]) < 2.6                         # what the model has to beat, about 2.27
