@@ -776,5 +776,16 @@ def main():
         print("\n" + write_report(run, exported.stdout.strip(), (time.time() - start) / 60))
 
 
+def use_huge_pages():
+    """Start this process again with glibc asked for 2 MB pages in place of 4 kB ones, which it can be told only at the start.
+
+    A step writes hundreds of buffers of megabytes; looking their pages up took 12 % of its time (AMD EPYC, virtual machine).
+    """
+    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        os.execv(sys.executable, sys.orig_argv)
+
+
 if __name__ == "__main__":
+    use_huge_pages()
     run_main(main)
