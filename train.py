@@ -4,7 +4,7 @@
     python train.py --resume                     go on with a run that was stopped
     python train.py sft --run runs/x             one stage, from the checkpoint of the stage before it
     python train.py --preset S --data TEXT --tokenizer tokenizer.model --run runs/S
-    torchrun --nproc_per_node=8 train.py ...    the same on eight GPUs, or processes; see `shard`
+    torchrun --nproc_per_node=8 -- train.py ...     the same on eight GPUs (--: or torchrun takes --run for its own)
 
 The paper's recipe (section 4) in one table below, beside the one that two CPU cores can afford. Each stage ends in a checkpoint
 (runs/NAME/pretrain.pt, midtrain.pt, sft.pt, qat.pt); log.jsonl has every logged step; report.md and report.png sum up.

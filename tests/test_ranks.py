@@ -19,7 +19,7 @@ STEPS = 50
 
 
 def torchrun(*command) -> subprocess.CompletedProcess:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(HERE)])}
     return subprocess.run([*launcher, *map(str, command)], env=env, capture_output=True, text=True, timeout=300)
 
@@ -77,7 +77,9 @@ def test_two_ranks_follow_one_and_each_resumes_the_other(finished_run, tmp_path)
         torch.testing.assert_close(weight, one["weights"][name], rtol=0, atol=2e-3, msg=lambda text: f"{name}: {text}")
     train_and_save(tmp_path, "one, qat")
     one, two = (torch.load(tmp_path / f"{name}, qat.pt", weights_only=True) for name in ("one", "two"))
-    assert two["losses"] == pytest.approx(one["losses"], abs=1e-3)
+    # A sum in another order differs by 1e-7, but may round a weight to the next of 16 values: that is then a real difference.
+    assert two["losses"][:3] == pytest.approx(one["losses"][:3], abs=1e-4)
+    assert two["losses"] == pytest.approx(one["losses"], abs=1e-2)
 
 
 def test_a_whole_run_under_torchrun_ends_as_one_process_would(finished_run, text_folder, tmp_path):
