@@ -1,23 +1,18 @@
 """How good a model is, and where its tokens go: the same questions to every stage and to the exported file.
 
-    python evaluate.py runs/tiny/{pretrain,midtrain,sft,qat}.pt runs/tiny/mobilemoe.gguf
-    python evaluate.py runs/tiny/midtrain.pt --tasks mobilemoe14            lm-evaluation-harness, the paper's 14 tasks
-    python evaluate.py lm-eval run --model mobilemoe --model_args checkpoint=runs/tiny/sft.pt --tasks piqa    its own command
+    python evaluate.py runs/tiny/{pretrain,midtrain,sft,qat}.pt runs/tiny/mobilemoe.gguf --out docs
+    python evaluate.py lm-eval run --model mobilemoe --model_args checkpoint=runs/tiny/midtrain.pt --tasks mobilemoe14
 
-In the order of the file: log-likelihoods and greedy answers in batches, the held-out questions, the exported file in llama.cpp,
-routing, pictures, the adapter to lm-evaluation-harness, the tables.
+The first asks what the run itself held out from every stage: bits per byte by domain; a docs quiz (which of four summaries
+belongs to this function? log-likelihoods decide, as in HellaSwag and ARC); arithmetic (the last number of a greedy answer is
+right or wrong, as in GSM8K). The second is lm-evaluation-harness' own command; `mobilemoe14` are the paper's 14 tasks.
 
-Three measures, all on material held out from every stage:
-  bits per byte   how well the model predicts text, domain by domain
-  docs quiz       which of four summaries belongs to this function? Log-likelihoods decide, as in HellaSwag and ARC
-  arithmetic      the last number of a greedy answer is right or wrong (GSM8K)
-
-One rule makes stages comparable: a question is put in the format that a checkpoint's last stage taught. `pretrain` and
+One rule makes stages comparable: a question is put in the format that the checkpoint's last stage taught. `pretrain` and
 `midtrain` continue a document ("numpy.mean", an empty line, the summary; "Problem: 47 + 38", "Working:"), `sft` and `qat` are
 asked in a chat. The items, the choices and the scoring are the same. (So chat models also have to read a story where base
 models are given the bare sum; the other way round, base models would meet a kind of text they have never seen.)
 
-What it is not: a leaderboard. A model trained for half an hour on documentation is asked about documentation.
+What it is not: a leaderboard. A model trained for half an hour on documentation is asked about documentation, on a CPU.
 """
 import argparse
 import hashlib
@@ -26,33 +21,41 @@ import math
 import re
 import subprocess
 import sys
-from collections import Counter, defaultdict
+import time
+from collections import Counter, defaultdict, namedtuple
 from collections.abc import Iterator
-from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-import data
-from mobilemoe import (
-    KVCache,
-    MobileMoE,
-    Router,
-    UserError,
-    atomic_write,
-    encode_chat,
-    load_checkpoint,
-    model_from_checkpoint,
-    run_main,
-    tokenizer_from_dict,
-)
+import mobilemoe
+from mobilemoe import KVCache, UserError, atomic_write, load_checkpoint, run_main
 from quantize import attach, heldout_bits_per_byte
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What a model makes of token sequences: log-likelihoods and greedy answers, in batches
+
+
+class Progress:
+    """`sft, quiz: 41,200/58,113 tokens, 9,800/s, 0:02 left`, live on a terminal, every ten seconds elsewhere."""
+
+    def __init__(self, what: str, total: int, unit: str):
+        self.what, self.total, self.unit, self.done = what, total, unit, 0
+        self.began = self.printed = time.time()
+
+    def add(self, count: int):
+        self.done += count
+        now, live, last = time.time(), sys.stdout.isatty(), self.done >= self.total
+        if last or now - self.printed > (0.5 if live else 10):
+            self.printed, rate = now, self.done / max(now - self.began, 1e-9)
+            left = int((self.total - self.done) / rate)
+            print(("\r\033[K" if live else "") + f"{self.what}: {self.done:,}/{self.total:,} {self.unit}, {rate:,.0f}/s, "
+                  f"{left // 60}:{left % 60:02d} left", end="" if live and not last else "\n", flush=True)
 
 
 def windows(length: int, first: int, context: int) -> Iterator[tuple[int, int, int]]:
@@ -67,346 +70,279 @@ def windows(length: int, first: int, context: int) -> Iterator[tuple[int, int, i
         first = end
 
 
-@torch.no_grad()
-def log_likelihoods(model: MobileMoE, sequences: list[tuple[list[int], int]], context: int) -> list[tuple[float, bool]]:
-    """For each (ids, first): log P(ids[first:] | ids[:first]) in nats, and whether greedy decoding would say just that.
+class Subject:
+    """A checkpoint ready to be asked: its model computes what its last stage did, in INT4 after QAT and in FP32 before."""
 
-    `first` is at least 1: something must come before. Windows of like length share a batch; padding stands on the right,
-    where a causal model cannot see it and a dropless one loses nothing to it.
-    """
-    device = model.model.embed_tokens.weight.device
-    jobs = [(owner, *window) for owner, (ids, first) in enumerate(sequences) for window in windows(len(ids), first, context)]
-    jobs.sort(key=lambda job: job[1] - job[3])                             # longest first: what does not fit fails at once
-    total, greedy = np.zeros(len(sequences)), np.ones(len(sequences), bool)
-    # Logits [B, T, V] are the largest tensor by far: about 2^24 of them at a time, 64 MB, whatever the vocabulary.
-    budget, at = max(1, 2 ** 24 // model.config.vocab_size), 0
-    while at < len(jobs):
-        batch = jobs[at:at + max(1, budget // (jobs[at][3] - jobs[at][1]))]
-        at += len(batch)
-        rows = [torch.tensor(sequences[owner][0][start:end]) for owner, start, _, end in batch]
-        rows = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)                        # [B, T + 1]
-        logits, targets = model(rows[:, :-1]), rows[:, 1:]                 # [B, T, V], [B, T]
-        chosen = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)      # [B, T]
-        right = (chosen >= logits.amax(-1)).cpu()                          # [B, T]
-        log_probs = (chosen - logits.logsumexp(-1)).double().cpu()         # [B, T]
-        for row, (owner, start, scored, end) in enumerate(batch):
-            part = slice(scored - start - 1, end - start - 1)              # ids[scored] is the target of the place before it
-            total[owner] += log_probs[row, part].sum().item()
-            greedy[owner] &= bool(right[row, part].all())
-    return [(float(value), bool(flag)) for value, flag in zip(total, greedy)]
+    def __init__(self, path: str | Path):
+        self.path, self.checkpoint = Path(path), load_checkpoint(path)
+        self.model = mobilemoe.model_from_checkpoint(self.checkpoint)
+        if self.checkpoint["quantized"]:
+            attach(self.model)      # INT4 weights, and the INT8 rounding of activations that llama.cpp applies
+        self.encoding = mobilemoe.tokenizer_from_dict(self.checkpoint["tokenizer"])
+        self.context, self.chat = self.checkpoint["context"], self.checkpoint["stage"] in ("sft", "qat")
 
+    @torch.no_grad()
+    @parametrize.cached()           # rounds the weights once, not in every layer of every batch
+    def log_likelihoods(self, sequences: list[tuple[list[int], int]], what: str) -> list[tuple[float, bool]]:
+        """For each (ids, first): log P(ids[first:] | ids[:first]) in nats, and whether greedy decoding would say just that.
 
-@torch.no_grad()
-def greedy_answers(model: MobileMoE, encoding, prompts: list[list[int]], max_new: int, until: list[str]) -> list[str]:
-    """The likeliest continuation of each prompt (token ids), token by token, cut before the first of the `until` strings.
+        `first` is at least 1: something must come before. Windows of like length share a batch; padding stands on the right,
+        where a causal model cannot see it and a dropless one loses nothing to it.
+        """
+        jobs = [(i, *window) for i, (ids, first) in enumerate(sequences) for window in windows(len(ids), first, self.context)]
+        jobs.sort(key=lambda job: job[1] - job[3])                         # longest first: what does not fit fails at once
+        if long := sum(len(ids) > self.context + 1 for ids, _ in sequences):
+            print(f"{what}: {long} texts are longer than the context of {self.context} tokens and read in overlapping windows")
+        total, greedy = np.zeros(len(sequences)), np.ones(len(sequences), bool)
+        progress, at = Progress(what, sum(end - start for _, start, _, end in jobs), "tokens"), 0
+        # Logits [B, T, V] are the largest tensor by far: about 2^24 of them at a time, 64 MB, whatever the vocabulary.
+        budget = 2 ** 24 // self.model.config.vocab_size
+        while at < len(jobs):
+            batch = jobs[at:at + max(1, budget // (jobs[at][3] - jobs[at][1]))]
+            at += len(batch)
+            rows = [torch.tensor(sequences[i][0][start:end]) for i, start, _, end in batch]
+            rows = nn.utils.rnn.pad_sequence(rows, batch_first=True)       # [B, T + 1]
+            logits, targets = self.model(rows[:, :-1]), rows[:, 1:]        # [B, T, V], [B, T]
+            chosen = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)  # [B, T]
+            right = chosen >= logits.amax(-1)                              # [B, T]
+            log_probs = (chosen - logits.logsumexp(-1)).double()           # [B, T]
+            for row, (i, start, scored, end) in enumerate(batch):
+                part = slice(scored - start - 1, end - start - 1)          # ids[scored] is the target of the place before it
+                total[i] += log_probs[row, part].sum().item()
+                greedy[i] &= bool(right[row, part].all())
+            progress.add(sum(end - start for _, start, _, end in batch))
+        return list(zip(total.tolist(), greedy.tolist()))
 
-    Prompts of *equal* length share a batch and a KV cache: rows of unequal length would need padding on the left, and with it
-    positions and masks of their own in every layer.
-    """
-    device = model.model.embed_tokens.weight.device
-    end_ids = {encoding.encode_single_token(name) for name in ("<|eot_id|>", "<|end_of_text|>", "<|begin_of_text|>")}
-    by_length = defaultdict(list)
-    for index, prompt in enumerate(prompts):
-        by_length[len(prompt)].append(index)
-    answers = [""] * len(prompts)
-    for length, members in sorted(by_length.items()):
-        for group in (members[i:i + 32] for i in range(0, len(members), 32)):
-            cache = KVCache(model.config, len(group), length + max_new, device)
-            tokens, new, running = torch.tensor([prompts[i] for i in group], device=device), [[] for _ in group], set(group)
-            for _ in range(max_new):
-                tokens = model(tokens, cache=cache)[:, -1].argmax(-1, keepdim=True)                # [B, 1]
-                for ids, index, token in zip(new, group, tokens[:, 0].tolist()):
-                    if index not in running:
-                        continue
-                    if token >= encoding.n_vocab or token in end_ids:      # (ids without a token exist where V was rounded up)
-                        running.discard(index)
-                        continue
-                    ids.append(token)
-                    answers[index] = encoding.decode(ids)
-                    if any(stop in answers[index] for stop in until):
-                        running.discard(index)
-                if not running:
-                    break
-    return [answer[:min((at for stop in until if (at := answer.find(stop)) >= 0), default=None)] for answer in answers]
+    @torch.no_grad()
+    @parametrize.cached()
+    def answers(self, prompts: list[list[int]], max_new: int, until: list[str], what: str) -> list[str]:
+        """The likeliest continuation of each prompt (token ids), token by token, cut before the first of the `until` strings.
+
+        Prompts of *equal* length share a batch and a KV cache: rows of unequal length would need padding on the left, and
+        with it positions and masks of their own in every layer.
+        """
+        max_new = min(max_new, self.context // 2)
+        room, encoding = self.context - max_new, self.encoding
+        if long := sum(len(prompt) > room for prompt in prompts):
+            print(f"{what}: {long} prompts leave no room for {max_new} tokens of answer: their last {room} tokens are read")
+        stop = {encoding.encode_single_token(name) for name in ("<|eot_id|>", "<|end_of_text|>", "<|begin_of_text|>")}
+        stop |= set(range(encoding.n_vocab, self.model.config.vocab_size))     # ids without a token, where V was rounded up
+        by_length = defaultdict(list)
+        for index, prompt in enumerate(prompts):
+            by_length[min(len(prompt), room)].append(index)
+        answers, progress = [""] * len(prompts), Progress(what, len(prompts), "answers")
+        for length, members in sorted(by_length.items()):
+            for group in (members[i:i + 64] for i in range(0, len(members), 64)):
+                cache = KVCache(self.model.config, len(group), length + max_new)
+                tokens, new, running = torch.tensor([prompts[i][-room:] for i in group]), {i: [] for i in group}, set(group)
+                while running and cache.length < length + max_new - 1:
+                    tokens = self.model(tokens, cache=cache)[:, -1].argmax(-1, keepdim=True)       # [B, 1]
+                    for index, token in zip(group, tokens[:, 0].tolist()):
+                        if index in running and token not in stop:
+                            new[index].append(token)
+                            answers[index] = encoding.decode(new[index])
+                        if token in stop or any(text in answers[index] for text in until):
+                            running.discard(index)
+                progress.add(len(group))
+        return [answer[:min((at for text in until if (at := answer.find(text)) >= 0), default=None)] for answer in answers]
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The held-out questions
 
-
-@dataclass(frozen=True)
-class Item:
-    """One question: as the beginning of a document, as a chat message, and the choices or the answer."""
-    document: str
-    question: str
-    choices: tuple[str, ...]        # empty for arithmetic
-    answer: str                     # the right choice, or the number
-
-    def prompt(self, encoding, chat: bool) -> list[int]:
-        if chat:
-            return encode_chat(encoding, [{"role": "user", "content": self.question}], reply=True)
-        return [encoding.encode_single_token("<|begin_of_text|>"), *encoding.encode_ordinary(self.document)]
+# The question as the beginning of a document and as a chat message; the choices (none in arithmetic); the right answer.
+Item = namedtuple("Item", "document question choices answer")
 
 
 def quiz_items(conversations: list[dict]) -> list[Item]:
     """Four-choice questions: a function's own summary among those of three other held-out functions.
 
     The distractors are real summaries, so nothing but the match with the name tells them apart. A hash draws them and orders
-    the choices: the same quiz for every checkpoint, process and machine. In a reader's own corpus, which has no summaries, the
-    first question and reply of its held-out chats take their place.
+    the choices: the same quiz for every checkpoint, process and machine.
     """
-    kind = "summary" if any(c["kind"] == "summary" for c in conversations) else "chat"
-    pairs = {}
+    summaries = {}
     for conversation in conversations:
-        first, *rest = conversation["messages"]
-        if conversation["kind"] == kind and first["role"] == "user":
-            pairs.setdefault(rest[0]["content"].strip() if rest else "", first["content"])       # one question per reply
-    pairs.pop("", None)
+        if conversation["kind"] == "summary":
+            summaries.setdefault(conversation["answer"], conversation["messages"][0]["content"])     # one question per answer
 
     def draw(question: str, text: str) -> bytes:
         return hashlib.sha256(f"{question}\n{text}".encode()).digest()
     items = []
-    for answer, question in pairs.items():
-        others = sorted(pairs.keys() - {answer}, key=lambda text: draw(question, text))[:3]
-        if len(others) == 3:
-            name = re.search(r"`(.+)`", question) if kind == "summary" else None
-            choices = tuple(sorted([answer, *others], key=lambda text: draw(text, question)))
-            items.append(Item(f"{name[1] if name else question}\n\n", question, choices, answer))
+    for answer, question in summaries.items() if len(summaries) > 3 else ():
+        others = sorted(summaries.keys() - {answer}, key=lambda text: draw(question, text))[:3]
+        choices = sorted([answer, *others], key=lambda text: draw(text, question))
+        items.append(Item(f"{re.search('`(.+)`', question)[1]}\n\n", question, choices, answer))
     return items
 
 
-def arithmetic_items(conversations: list[dict], documents: list[str]) -> list[Item]:
-    """Word problems with a number as answer. `documents` are the held-out maths texts, which hold each story's bare sum."""
-    sums = {steps: problem for text in documents for problem, steps in re.findall(r"Problem: (.*)\nWorking: (.*)\n", text)}
+def arithmetic_items(conversations: list[dict], maths: str) -> list[Item]:
+    """Word problems with a number as answer. `maths` is the held-out maths text, which holds each story's bare sum."""
+    sums = {steps: problem for problem, steps in re.findall(r"Problem: (.*)\nWorking: (.*)\n", maths)}
     items = []
     for conversation in conversations:
-        first, *rest = conversation["messages"]
-        number = re.fullmatch(r"(-?\d+)\.?", conversation["answer"].strip())
-        if conversation["kind"] in ("arithmetic", "chat") and number and first["role"] == "user":
-            steps = rest[0]["content"].rpartition(". The answer is")[0] if rest else ""
-            document = f"Problem: {sums[steps]}\nWorking:" if steps in sums else f"{first['content']}\n\n"
-            items.append(Item(document, first["content"], (), number[1]))
+        if conversation["kind"] == "arithmetic":
+            story, reply = (message["content"] for message in conversation["messages"])
+            if problem := sums.get(reply.partition(". The answer is")[0]):
+                items.append(Item(f"Problem: {problem}\nWorking:", story, [], conversation["answer"]))
     return items
 
 
-def heldout_items(corpus: data.Corpus, checkpoint: dict, path: Path) -> tuple[list[Item], list[Item]]:
-    """(quiz, arithmetic) of the corpus that the checkpoint was trained on; raises UserError if it was another one.
-
-    What is held out depends on the text alone, so the same text gives the same split. A checkpoint carries its held-out text
-    as token ids: if they are not the corpus's, its questions may be ones that the model was trained on.
-    """
-    encoding = tokenizer_from_dict(checkpoint["tokenizer"])
-    for domain, documents in corpus.heldout.items():
-        ids = checkpoint["heldout"].get(domain, {"ids": []})["ids"]
-        if not np.array_equal(data.tokenize_documents(documents, encoding), np.asarray(ids)):
-            raise UserError(f"{path} was trained on other {domain} than this, so what is held out may differ: give the --data "
-                            "FOLDER of its training, or use the Python, NumPy and PyTorch whose documentation it learned")
-    return quiz_items(corpus.sft_heldout), arithmetic_items(corpus.sft_heldout, corpus.heldout["maths"])
-
-
-NAMELESS = Item("", "What does it do?", (), "")         # the question that is left when the name is taken away
+def prompt_ids(item: Item, encoding, chat: bool) -> list[int]:
+    if chat:
+        return mobilemoe.encode_chat(encoding, [{"role": "user", "content": item.question}], reply=True)
+    return [encoding.encode_single_token("<|begin_of_text|>"), *encoding.encode_ordinary(item.document)]
 
 
 def quiz_sequences(items: list[Item], encoding, chat: bool) -> list[tuple[list[int], int]]:
     """(ids, where the choice begins): every choice of every item, four in a row, then each distinct choice without a name."""
     asked = [(item, choice) for item in items for choice in item.choices]
-    asked += [(NAMELESS, choice) for choice in distinct_choices(items)]
-    prompts = [item.prompt(encoding, chat) for item, _ in asked]
+    nameless = Item("", "What does it do?", [], "")
+    asked += [(nameless, choice) for choice in dict.fromkeys(choice for _, choice in asked)]
+    prompts = [prompt_ids(item, encoding, chat) for item, _ in asked]
     return [(prompt + encoding.encode_ordinary(choice), len(prompt)) for prompt, (_, choice) in zip(prompts, asked)]
 
 
-def distinct_choices(items: list[Item]) -> list[str]:
-    return list(dict.fromkeys(choice for item in items for choice in item.choices))
+def quiz_points(items: list[Item], scores: list[float]) -> dict[str, np.ndarray]:
+    """From the log-likelihoods of quiz_sequences: the choices' points [items, 4] in two ways; the most points win.
 
-
-def quiz_answers(items: list[Item], scores: list[float], per_byte: bool = False) -> np.ndarray:
-    """Which choice each item gets, from the log-likelihoods of quiz_sequences: [items].
-
-    The one whose log-likelihood the name raises most: log P(choice | name) - log P(choice), GPT-3's way with ARC (Brown et al.
-    2020). A short, common sentence is likely whatever is asked; only the difference tells what the *name* has to do with it.
-    per_byte divides log P(choice | name) by the length instead, HellaSwag's way, which leaves "common" in. Measured on 335
-    items: after mid-training 53.7 % against 37.6 % (the plain sum 31.0 %), after SFT 65.7 % against 33.7 % (30.4 %).
+    quiz            log P(choice | name) - log P(choice), GPT-3's way with ARC (Brown et al. 2020). A short, common sentence is
+                    likely whatever is asked; only the difference tells what the *name* has to do with it.
+    quiz per byte   log P(choice | name) over the choice's length, HellaSwag's way, which leaves "common" in.
     """
-    given = np.array(scores[:4 * len(items)]).reshape(-1, 4)               # [items, 4]
-    if per_byte:
-        return (given / [[len(choice.encode()) for choice in item.choices] for item in items]).argmax(1)
-    nameless = dict(zip(distinct_choices(items), scores[4 * len(items):]))
-    return (given - [[nameless[choice] for choice in item.choices] for item in items]).argmax(1)
+    given, choices = np.array(scores[:4 * len(items)]).reshape(-1, 4), [choice for item in items for choice in item.choices]
+    nameless = dict(zip(dict.fromkeys(choices), scores[4 * len(items):]))
+    return {"quiz": given - np.reshape([nameless[choice] for choice in choices], (-1, 4)),
+            "quiz per byte": given / np.reshape([len(choice.encode()) for choice in choices], (-1, 4))}
 
 
-@dataclass(frozen=True)
-class Score:
-    """A fraction of right answers, what guessing reaches, and how far chance alone moves it."""
-    right: np.ndarray               # [items] bool
+class Score(NamedTuple):
+    """The fraction of right answers, its standard error, and what guessing reaches."""
+    mean: float
+    error: float
     chance: float
-
-    @property
-    def mean(self) -> float:
-        return float(self.right.mean())
-
-    @property
-    def error(self) -> float:       # the standard error; at 0 or 1 of n it would be 0, so half an answer is the least
-        n = len(self.right)
-        p = min(max(self.mean, 0.5 / n), 1 - 0.5 / n)
-        return math.sqrt(p * (1 - p) / n)
 
     def __str__(self):
         return f"{100 * self.mean:.1f} ± {100 * self.error:.1f} % ({(self.mean - self.chance) / self.error:+.1f} s.e.)"
 
 
-def last_number(text: str) -> str | None:
-    numbers = re.findall(r"-?\d+", text.replace(",", ""))
-    return numbers[-1] if numbers else None
-
-# ----------------------------------------------------------------------------------------------------------------------
-# One checkpoint
+def score(right: list[bool], chance: float) -> Score:
+    n, mean = len(right), sum(right) / len(right)
+    p = min(max(mean, 0.5 / n), 1 - 0.5 / n)            # at 0 or n of n the error would be 0: half an answer is the least
+    return Score(mean, math.sqrt(p * (1 - p) / n), chance)
 
 
-class Subject:
-    """A checkpoint ready to be asked: its model computes what its last stage did, in INT4 after QAT and in FP32 before."""
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        self.checkpoint = load_checkpoint(path)
-        self.model = model_from_checkpoint(self.checkpoint)
-        if self.checkpoint["quantized"]:
-            attach(self.model)
-        self.encoding = tokenizer_from_dict(self.checkpoint["tokenizer"])
-        self.context = self.checkpoint["context"]
-        self.chat = self.checkpoint["stage"] in ("sft", "qat")
-        self.long = 0               # texts that did not fit the context, for the report
-
-    def log_likelihoods(self, sequences: list[tuple[list[int], int]]) -> list[tuple[float, bool]]:
-        self.long += sum(len(ids) > self.context + 1 for ids, _ in sequences)
-        with parametrize.cached():      # round the weights once, not in every layer of every batch
-            return log_likelihoods(self.model, sequences, self.context)
-
-    def answers(self, prompts: list[list[int]], max_new: int, until: list[str]) -> list[str]:
-        """Greedy; of a prompt that leaves no room for the answer, the end is kept."""
-        max_new = min(max_new, self.context // 2)
-        room = self.context - max_new
-        self.long += sum(len(prompt) > room for prompt in prompts)
-        with parametrize.cached():
-            return greedy_answers(self.model, self.encoding, [prompt[-room:] for prompt in prompts], max_new, until)
-
-    def quiz(self, items: list[Item]) -> list[float]:
-        return [score for score, _ in self.log_likelihoods(quiz_sequences(items, self.encoding, self.chat))]
-
-    def arithmetic(self, items: list[Item]) -> list[str | None]:
-        prompts = [item.prompt(self.encoding, self.chat) for item in items]
-        return [last_number(text) for text in self.answers(prompts, 80, ["\n\n"])]
-
-    def report_long(self):
-        if self.long:
-            print(f"{self.path}: {self.long} texts were longer than the context of {self.context} tokens: scored in "
-                  "overlapping windows, or answered from their end")
-            self.long = 0
+def quiz_score(items: list[Item], points: np.ndarray) -> Score:
+    return score([item.choices[best] == item.answer for item, best in zip(items, points.argmax(1))], 1 / 4)
 
 
-def quiz_score(items: list[Item], answers: np.ndarray) -> Score:
-    return Score(np.array([item.choices[answer] == item.answer for item, answer in zip(items, answers)]), 1 / 4)
-
-
-def arithmetic_score(items: list[Item], answers: list[str | None]) -> Score:
+def arithmetic_score(items: list[Item], answers: list[str]) -> Score:
     """Chance is the best that a model could do which always says the same number."""
+    numbers = [re.findall(r"-?\d+", answer.replace(",", ""))[-1:] for answer in answers]
     commonest = Counter(item.answer for item in items).most_common(1)[0][1]
-    return Score(np.array([answer == item.answer for item, answer in zip(items, answers)]), commonest / len(items))
+    return score([found == [item.answer] for item, found in zip(items, numbers)], commonest / len(items))
+
+
+def questions(subject: Subject) -> tuple[list[Item], list[Item]]:
+    """(quiz, arithmetic) of the run's own held-out material; raises UserError if the checkpoint carries none."""
+    try:
+        conversations, heldout = json.loads(subject.checkpoint["sft_heldout"]), subject.checkpoint["heldout"]
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{subject.path} carries no held-out questions: it is damaged, or of an older train.py; train it again"
+                        ) from None
+    maths = subject.encoding.decode(heldout["maths"]["ids"].tolist()) if "maths" in heldout else ""
+    return quiz_items(conversations), arithmetic_items(conversations, maths)
+
+
+def table(heads: list, rows: list[list]) -> str:
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in [heads, ["---", *["---:"] * (len(heads) - 1)], *rows])
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The exported file, in llama.cpp
 
-GGUF_TOKENS = 2048      # per domain for bits per byte: llama.cpp's server is asked token by token, a few milliseconds each
+GGUF_TOKENS = 1024      # per domain for bits per byte: llama.cpp's server is asked token by token
 
 
-def llama_cpp_log_likelihoods(path: Path, sequences: list[tuple[list[int], int]], encoding) -> list[float]:
-    """As log_likelihoods, from the .gguf in a child process: a file that llama.cpp cannot load may abort its process."""
-    def whole(token: int) -> bool:
-        try:
-            return encoding.decode_single_token_bytes(token).decode() != "" and token not in encoding._special_tokens.values()
-        except UnicodeDecodeError:
-            return False
-    odd = [token for token in {token for ids, first in sequences for token in ids[first:]} if not whole(token)]
-    question = json.dumps({"path": str(path), "sequences": sequences, "odd": odd})
-    child = subprocess.run([sys.executable, __file__, "--ask-llama-cpp"], input=question, capture_output=True, text=True,
-                           errors="replace")
+def llama_cpp_log_likelihoods(path: Path, sequences: list[tuple[list[int], int]]) -> list[float]:
+    """As log_likelihoods, from the .gguf; in a child process, as a file that llama.cpp cannot load may abort its process."""
+    progress, scores, trouble = Progress(path.name, len(sequences), "sequences"), [], "it gave no reason"
+    with subprocess.Popen([sys.executable, __file__, "--ask-llama-cpp"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, text=True, errors="replace") as child:
+        json.dump([str(path), sequences], child.stdin)
+        child.stdin.close()
+        for line in child.stdout:           # llama.cpp's log comes the same way
+            if line.startswith("log-likelihood "):
+                scores.append(float(line.split()[1]))
+                progress.add(1)
+            elif "error" in line.lower():
+                trouble = line.strip().removeprefix("error: ")
     if child.returncode:
-        lines = [line for line in child.stderr.splitlines() if "error" in line.lower()] or [f"exit code {child.returncode}"]
-        raise UserError(f"llama.cpp cannot run {path}: {lines[-1].removeprefix('error: ')}")
-    return json.loads(child.stdout.splitlines()[-1])
+        raise UserError(f"llama.cpp cannot run {path}: {trouble}")
+    return scores
 
 
 def ask_llama_cpp():
-    """The child's side: {"path", "sequences", "odd"} as JSON on stdin, one log-likelihood per sequence on stdout.
+    """The child's side: [path, sequences] as JSON on stdin, a line for each sequence on stdout.
 
     The server tells the log-probability of the token that it chose. So let it choose the one we ask about: a bias acts on the
-    choice, the probability reported is the one before it. Special tokens and those that end inside a character are held back
-    together with their probabilities; for these a plain letter is chosen and all V probabilities are read (ten times slower).
+    choice, the probability reported is the one before it. Each prompt extends the one before, and the KV cache knows the rest.
     """
+    path, sequences = json.load(sys.stdin)
     try:
         import xllamacpp
     except ImportError:
-        raise UserError("llama.cpp is missing: `pip install xllamacpp`") from None
-    question = json.load(sys.stdin)
+        raise UserError("it is not here: `pip install xllamacpp`") from None
     params = xllamacpp.CommonParams()
-    params.model.path, params.n_parallel, params.warmup = question["path"], 1, False
-    params.n_ctx = max(len(ids) for ids, _ in question["sequences"]) + 8
+    params.model.path, params.n_parallel, params.warmup, params.verbosity = path, 1, False, -1
+    params.n_ctx = max(len(ids) for ids, _ in sequences) + 8
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-    server = xllamacpp.Server(params)
-    odd = set(question["odd"])
-    request = {"n_predict": 1, "cache_prompt": True, "temperature": -1}
-    letter = 64     # any one-byte token
+    # Is the *file* what was trained? An F16 cache, and flash attention, which sums in F16 on a CPU, would answer another
+    # question: they cost 1 % of the next tokens by themselves (tests/fidelity.py measures both).
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    server, request = xllamacpp.Server(params), {"n_predict": 1, "cache_prompt": True, "temperature": -1}
 
     def log_probability(prompt: list[int], token: int) -> float:
-        chosen, n_probs = (letter, 10 ** 6) if token in odd else (token, 1)
-        reply = server.handle_completions({**request, "prompt": prompt, "n_probs": n_probs, "logit_bias": [[chosen, 1e6]]})
-        content = reply["choices"][0]["logprobs"]["content"][0]
-        if token in odd:
-            content = next(entry for entry in content["top_logprobs"] if entry["id"] == token)
-        if content["id"] != token:
-            raise RuntimeError(f"error: asked for token {token}, the server chose {content['id']}")
-        return max(content["logprob"], -104.0)      # a probability below float32's smallest comes as -3.4e38
-    totals = [sum(log_probability(ids[:end], ids[end]) for end in range(first, len(ids)))
-              for ids, first in question["sequences"]]
-    print("\n" + json.dumps(totals))
-    sys.stdout.flush()
+        def choose(choice: int, n_probs: int):
+            reply = server.handle_completions(request | {"prompt": prompt, "n_probs": n_probs, "logit_bias": [[choice, 1e6]]})
+            return reply["choices"][0]["logprobs"]
+        if (found := choose(token, 1)) is None:
+            # A token that ends inside a character is held back, and its probability with it: choose a letter, read all V.
+            ranking = choose(64, 10 ** 6)["content"][0]["top_logprobs"]
+            found = {"content": [entry for entry in ranking if entry["id"] == token]}
+        assert found["content"][0]["id"] == token
+        return max(found["content"][0]["logprob"], -104.0)      # a probability below float32's smallest comes as -3.4e38
+    for ids, first in sequences:
+        total = sum(log_probability(ids[:end], ids[end]) for end in range(first, len(ids)))
+        sys.stdout.write(f"\nlog-likelihood {total}\n")        # in one piece: the log may come between two
+        sys.stdout.flush()
 
 
-def glance(checkpoint: dict, encoding, context: int) -> dict[str, tuple[list[tuple[list[int], int]], int]]:
-    """The first GGUF_TOKENS of each domain's held-out text as sequences of at most `context` tokens, and their bytes."""
-    special, texts = set(encoding._special_tokens.values()), {}
-    for domain, held in checkpoint["heldout"].items():
-        ids = held["ids"][:GGUF_TOKENS + 1].tolist()
-        size = sum(len(encoding.decode_single_token_bytes(token)) for token in ids[1:] if token not in special)
-        texts[domain] = [(ids[i:i + context], 1) for i in range(0, len(ids) - 1, context - 1)], size
-    return texts
-
-
-def compare_with_llama_cpp(path: Path, subject: Subject, items: list[Item], our_quiz: list[float]) -> str:
+def compare_with_llama_cpp(path: Path, subject: Subject, items: list[Item]) -> str:
     """A table: quiz and bits per byte of `subject` in PyTorch and of the file in llama.cpp, on the very same tokens."""
-    texts = glance(subject.checkpoint, subject.encoding, subject.context - 1)       # the server keeps a place for the answer
-    sequences = [sequence for parts, _ in texts.values() for sequence in parts]
-    quiz = quiz_sequences(items, subject.encoding, subject.chat)
-    theirs = llama_cpp_log_likelihoods(path, sequences + quiz, subject.encoding)
-    ours = [score for score, _ in subject.log_likelihoods(sequences)]
-    rows, at = [[], []], 0
-    for parts, size in texts.values():
-        for row, scores in zip(rows, (ours, theirs)):
-            row.append(-sum(scores[at:at + len(parts)]) / math.log(2) / size)
-        at += len(parts)
-    lines = [f"| first {GGUF_TOKENS:,} tokens of each domain | " + " | ".join(texts) + " | quiz |",
-             "|---|" + "---:|" * (len(texts) + 1)]
-    scores = ["-", "-"]
-    if items:
-        answers = [quiz_answers(items, part) for part in (our_quiz, theirs[len(sequences):])]
-        scores = [str(quiz_score(items, part)) for part in answers]
-    for name, row, score in zip((f"{subject.path}, PyTorch", f"{path}, llama.cpp"), rows, scores):
-        lines.append(f"| {name} | " + " | ".join(f"{value:.4f}" for value in row) + f" | {score} |")
-    gap = max((abs(a - b) for a, b in zip(*rows)), default=0.0)
-    agree = ""
-    if items:
-        ours, theirs = (quiz_answers(items, part, per_byte=True) for part in (our_quiz, theirs[len(sequences):]))
-        agree = (f"; the same answer to {np.mean(answers[0] == answers[1]):.1%} of {len(items)} quiz questions, "
-                 f"{np.mean(ours == theirs):.1%} when scored per byte")
-    return "\n".join([*lines, "", f"Largest difference {gap:.4f} bits per byte{agree}."])
+    special, window = set(subject.encoding._special_tokens.values()), subject.context - 1      # llama.cpp's answer must fit too
+    texts, size = [], Counter()     # (domain, ids); bytes by domain
+    for domain, held in subject.checkpoint["heldout"].items():
+        ids = held["ids"][:GGUF_TOKENS + 1].tolist()
+        size[domain] = len(subject.encoding.decode_bytes([token for token in ids[1:] if token not in special]))
+        texts += [(domain, ids[start:start + window]) for start in range(0, len(ids) - 1, window - 1)]
+    sequences = [(ids, 1) for _, ids in texts] + quiz_sequences(items, subject.encoding, subject.chat)
+    theirs = llama_cpp_log_likelihoods(path, sequences)
+    ours = [value for value, _ in subject.log_likelihoods(sequences, f"{subject.path.name} on the same")]
+    rows, bits, points = [], [], []
+    for name, values in ((f"{subject.path.name}, PyTorch", ours), (f"{path.name}, llama.cpp", theirs)):
+        nats = Counter()
+        for (domain, _), value in zip(texts, values):
+            nats[domain] -= value
+        bits.append([nats[domain] / math.log(2) / size[domain] for domain in size])
+        points.append(quiz_points(items, values[len(texts):]) if items else {})
+        rows.append([name, *(f"{value:.4f}" for value in bits[-1]), *(quiz_score(items, p) for p in points[-1].values())])
+    lines = [table([f"first {GGUF_TOKENS:,} tokens of each domain", *size, *points[0]], rows),
+             f"\nLargest difference {np.abs(np.subtract(*bits)).max():.4f} bits per byte."]
+    for task, mine in points[0].items():
+        differ = mine.argmax(1) != points[1][task].argmax(1)               # [items]
+        lead = np.sort(mine)[:, -1] - np.sort(mine)[:, -2]                 # [items] of the winner over the second
+        lines.append(f"{task}: the same answer to {np.mean(~differ):.1%} of {len(items)}. The winner's lead in PyTorch: "
+                     f"{np.median(lead):.3f} in the median, {[round(x, 3) for x in lead[differ].tolist()]} where they differ.")
+    return "\n".join(lines)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Routing: which experts each domain uses
@@ -415,132 +351,94 @@ ROUTING_WINDOWS = 32    # of held-out text per domain, spread over all of it
 
 
 @torch.no_grad()
-def expert_loads(subject: Subject) -> dict[str, Tensor]:
-    """Tokens that each expert got, by domain: {domain: [2, layers, E]}. The first axis is two halves of the domain's text.
+def routing_shares(subject: Subject) -> dict[str, Tensor]:
+    """Each expert's part of the routes, by domain: {domain: [2, layers, E]}. The first axis is two halves of the domain's text.
 
     Two samples of one domain never use the experts quite alike. How alike they are is the measure for two domains.
     """
-    model, c = subject.model, subject.model.config
-    routers = [module for module in model.modules() if isinstance(module, Router)]
-    loads = {}
+    shares, seen = {}, []           # seen: the load [E] of one router after the other
+    routers = [module for module in subject.model.modules() if isinstance(module, mobilemoe.Router)]
+    hooks = [router.register_forward_hook(lambda router, inputs, output: seen.append(output[2].load)) for router in routers]
     for domain, held in subject.checkpoint["heldout"].items():
         T = min(subject.context, len(held["ids"]) // 2)
-        whole = len(held["ids"]) // T
-        chosen = np.unique(np.linspace(0, whole - 1, min(whole, ROUTING_WINDOWS)).astype(int))
-        loads[domain] = torch.zeros(2, c.n_layers, c.n_routed)
+        rows = held["ids"].long().unfold(0, T, T)                          # [windows, T]
+        rows = rows[np.unique(np.linspace(0, len(rows) - 1, ROUTING_WINDOWS).astype(int))]
         with parametrize.cached():
-            for half in (0, 1):
-                def count(router, inputs, output, load=loads[domain][half]):       # load [layers, E]
-                    load[routers.index(router)] += output[2].load
-                hooks = [router.register_forward_hook(count) for router in routers]
-                for i in chosen[half::2]:
-                    model(held["ids"][None, i * T:(i + 1) * T].long())
-                for hook in hooks:
-                    hook.remove()
-    return loads
-
-
-@dataclass(frozen=True)
-class RoutingReport:
-    """The numbers behind the summary. Shares p [layers, E] of a domain's routes sum to 1 in each layer."""
-    shares: dict[str, Tensor]                   # domain -> [layers, E]
-    within: dict[str, float]                    # domain -> overlap of the two halves of its text
-    between: dict[tuple[str, str], float]       # pair of domains -> overlap
-
-    @property
-    def imbalance(self) -> float:               # of the worst layer, the domains weighing alike
-        mean = torch.stack(list(self.shares.values())).mean(0)             # [layers, E]
-        return (mean.amax(1) * mean.shape[1]).max().item()
-
-    def in_use(self, domain: str) -> float:
-        """exp(entropy), the mean over layers: as many equally busy experts would be as hard to guess."""
-        p = self.shares[domain]
-        return torch.special.entr(p).sum(1).exp().mean().item()
+            for half in (rows[0::2], rows[1::2]):
+                subject.model(half)
+        loads = torch.stack(seen).unflatten(0, (2, len(routers)))          # [2, layers, E]
+        shares[domain] = loads / loads.sum(-1, keepdim=True)
+        seen.clear()
+    for hook in hooks:
+        hook.remove()
+    return shares
 
 
 def overlap(p: Tensor, q: Tensor) -> float:
-    """The part of the routes that two domains have in common, mean over layers: 1 the same, 0 no expert in common."""
+    """The part of the routes that two texts have in common, mean over layers: 1 the same, 0 no expert in common."""
     return torch.minimum(p, q).sum(-1).mean().item()
 
 
-def routing_report(loads: dict[str, Tensor]) -> RoutingReport:
-    def share(load: Tensor) -> Tensor:
-        return load / load.sum(-1, keepdim=True)
-    shares = {domain: share(load.sum(0)) for domain, load in loads.items()}
-    # Whole domains would agree better than their halves just for being twice as much text: compare halves with halves.
-    halves = {domain: share(load) for domain, load in loads.items()}       # [2, layers, E]
-    domains = list(loads)
-    between = {(a, b): (overlap(halves[a][0], halves[b][1]) + overlap(halves[a][1], halves[b][0])) / 2
-               for i, a in enumerate(domains) for b in domains[i + 1:]}
-    return RoutingReport(shares, {d: overlap(*halves[d]) for d in domains}, between)
-
-
-def routing_summary(names: list[str], reports: list[RoutingReport]) -> str:
-    """A table, and sentences that say nothing but what the table shows."""
-    domains, E = list(reports[0].shares), next(iter(reports[0].shares.values())).shape[1]
-    pairs = list(reports[0].between)
-    lines = ["| routing | max:mean | " + " | ".join(f"in use: {d}" for d in domains) + " | within a domain | "
-             + " | ".join(f"{a}/{b}" for a, b in pairs) + " | as before |", "|---|" + "---:|" * (len(domains) + len(pairs) + 3)]
-    for i, (name, report) in enumerate(zip(names, reports)):
-        before = np.mean([overlap(report.shares[d], reports[i - 1].shares[d]) for d in domains]) if i else None
-        lines.append(f"| {name} | {report.imbalance:.1f} | " + " | ".join(f"{report.in_use(d):.1f}" for d in domains)
-                     + f" | {min(report.within.values()):.2f} to {max(report.within.values()):.2f} | "
-                     + " | ".join(f"{report.between[pair]:.2f}" for pair in pairs)
-                     + (" | |" if before is None else f" | {before:.2f} |"))
-    lines += ["", f"max:mean is the busiest expert of the worst layer; in use, exp(entropy) out of {E} experts; pairs and "
-              "'within a domain', the part of the routes that two texts share; as before, that of a domain and its row above."]
-    last, name = reports[-1], names[-1]
-    if pairs:
-        near, far = max(pairs, key=last.between.get), min(pairs, key=last.between.get)
-        least = min(last.within.values())
-        apart = [pair for pair in pairs if last.between[pair] < least]
-        lines.append(f"{name}: {len(apart)} of {len(pairs)} pairs of domains share less than any domain shares with itself "
-                     f"({least:.2f}); most alike are {near[0]} and {near[1]} ({last.between[near]:.2f}), least alike {far[0]} "
-                     f"and {far[1]} ({last.between[far]:.2f}).")
-    if len(reports) > 1:
-        change = {d: last.in_use(d) - reports[0].in_use(d) for d in domains}
-        lines.append(f"From {names[0]} to {name} the number of experts in use changes by "
-                     + ", ".join(f"{change[d]:+.1f} ({d})" for d in domains) + f" out of {E}.")
+def routing_summary(names: list[str], shares: list[dict[str, Tensor]]) -> str:
+    """A table, and a sentence that says nothing but what the table shows."""
+    rows, before, E = [], None, next(iter(shares[0].values())).shape[-1]
+    for halves in shares:
+        whole = {domain: p.mean(0) for domain, p in halves.items()}        # [layers, E]
+        mean = torch.stack(list(whole.values())).mean(0)                   # [layers, E] the domains weighing alike
+        row = {"max:mean": (mean.amax(1) * E).max().item()}
+        row |= {f"in use of {E}: {d}": torch.special.entr(p).sum(1).exp().mean().item() for d, p in whole.items()}
+        row["halves of one domain (least)"] = min(overlap(*p) for p in halves.values())
+        # Whole domains would agree better than halves just for being more text: compare halves with halves.
+        between = {f"{a}/{b}": (overlap(p[0], q[1]) + overlap(p[1], q[0])) / 2
+                   for (a, p), (b, q) in combinations(halves.items(), 2)}
+        row["one domain, row above"] = float(np.mean([overlap(whole[d], before[d]) for d in whole])) if before else math.nan
+        rows.append(row | between)
+        before = whole
+    lines = [table(["routing", *rows[0]], [[name, *(f"{x:.2f}" for x in row.values())] for name, row in zip(names, rows)]),
+             "\nmax:mean: the busiest expert of the worst layer; in use: exp(entropy); the others: the routes in common."]
+    if between:
+        near, far = max(between, key=between.get), min(between, key=between.get)
+        least = row["halves of one domain (least)"]
+        lines.append(f"{names[-1]}: {sum(x < least for x in between.values())} of {len(between)} pairs of domains share less "
+                     f"than two halves of any domain ({least:.2f}).\nMost alike are {near} ({between[near]:.2f}), least alike "
+                     f"{far} ({between[far]:.2f}).")
     return "\n".join(lines)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Pictures
 
 
-def pyplot():
+def panels(rows: int, columns: int, size: tuple[float, float]):
+    """(figure, axes [rows, columns])"""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         raise UserError("pictures need matplotlib: `pip install matplotlib`") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    return plt
+    figure = Figure(size, layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
 
 
 def save_figure(figure, path: Path):
     with atomic_write(path) as file:
         figure.savefig(file, dpi=110, format="png")
-    pyplot().close(figure)
+    print(f"picture: {path}", flush=True)
 
 
-def draw_routing(names: list[str], reports: list[RoutingReport], path: Path):
+def draw_routing(names: list[str], shares: list[dict[str, Tensor]], path: Path):
     """A row of panels per checkpoint, a panel per layer: domains by experts, colour = share of the routes against the mean.
 
     Experts stand in one order in all rows: by the domain that uses them most in the last checkpoint. An expert's number means
     nothing; neighbours with like habits make a pattern visible.
     """
-    plt = pyplot()
-    domains = list(reports[-1].shares)
-    last = torch.stack([reports[-1].shares[d] for d in domains])           # [domains, layers, E]
-    n_layers, E = last.shape[1:]
-    figure, axes = plt.subplots(len(reports), n_layers, squeeze=False, layout="constrained",
-                                figsize=(2 + 3.4 * n_layers, 0.9 + (0.5 + 0.22 * len(domains)) * len(reports)))
+    domains = list(shares[-1])
+    whole = [torch.stack([halves[d].mean(0) for d in domains]) for halves in shares]               # [domains, layers, E] each
+    n_layers, E = whole[-1].shape[1:]
+    figure, axes = panels(len(names), n_layers, (2 + 3.4 * n_layers, 0.9 + (0.5 + 0.22 * len(domains)) * len(names)))
     for layer in range(n_layers):
-        peak, domain = last[:, layer].max(0)                               # [E], [E]
+        peak, domain = whole[-1][:, layer].max(0)                          # [E], [E]
         order = sorted(range(E), key=lambda e: (domain[e].item(), -peak[e].item()))
-        for name, report, axis in zip(names, reports, axes[:, layer]):
-            p = torch.stack([report.shares[d][layer] for d in domains]) * E                        # [domains, E]
-            image = axis.imshow(p[:, order], aspect="auto", cmap="magma", vmin=0, vmax=4, interpolation="nearest")
+        for name, share, axis in zip(names, whole, axes[:, layer]):
+            image = axis.imshow(share[:, layer, order] * E, aspect="auto", cmap="magma", vmin=0, vmax=4)
             axis.set_xticks([])
             axis.set_yticks(range(len(domains)), domains if layer == 0 else [""] * len(domains), fontsize=8)
             axis.set_title(f"{name}, layer {layer}", fontsize=9)
@@ -550,21 +448,17 @@ def draw_routing(names: list[str], reports: list[RoutingReport], path: Path):
 
 
 def draw_progress(names: list[str], bits: list[dict[str, float]], scores: list[dict[str, Score]], path: Path):
-    plt = pyplot()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure, [(left, right)] = panels(1, 2, (11, 4))
     for domain in bits[0]:
         left.plot(names, [row[domain] for row in bits], "o-", label=domain)
     left.set(title="held-out bits per byte", ylim=(0, None))
+    left.legend()
     for color, task in zip(("tab:blue", "tab:cyan", "tab:orange"), scores[0]):
-        values = [row[task] for row in scores]
-        right.errorbar(names, [100 * s.mean for s in values], [100 * s.error for s in values], fmt="o-", capsize=4, color=color,
-                       label=f"{task} ({len(values[0].right)} questions)")
-        right.axhline(100 * values[0].chance, color=color, ls=":", label=f"{task}, chance")
+        mean, error, chance = 100 * np.array([row[task] for row in scores]).T
+        right.errorbar(names, mean, error, fmt="o-", capsize=4, color=color, label=task)
+        right.axhline(chance[0], color=color, ls=":", label=f"{task}, chance")
+        right.legend()
     right.set(title="right answers, %, ± one standard error", ylim=(0, 100))
-    for axis in (left, right):
-        axis.grid(alpha=0.3)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend()
     save_figure(figure, path)
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -573,16 +467,16 @@ def draw_progress(names: list[str], bits: list[dict[str, float]], scores: list[d
 # lm-eval's name -> (the paper's, the metric, the released S base model's score where the paper's figure is known to us)
 MOBILEMOE14 = {
     "hellaswag": ("HellaSwag", "acc_norm", 58.9), "piqa": ("PIQA", "acc_norm", 75.4), "social_iqa": ("SIQA", "acc", 46.8),
-    "winogrande": ("WinoGrande", "acc", 58.6), "mmlu": ("MMLU", "acc", None), "nq_open": ("NQ", "exact_match", None),
-    "triviaqa": ("TriviaQA", "exact_match", None), "arc_easy": ("ARC-e", "acc_norm", 73.9),
-    "arc_challenge": ("ARC-c", "acc_norm", None), "openbookqa": ("OpenBookQA", "acc_norm", 34.6),
-    "boolq": ("BoolQ", "acc", 60.2), "drop": ("DROP", "f1", None), "gsm8k": ("GSM8K", "exact_match", None),
-    "bbh": ("BBH", "exact_match", None)}
+    "winogrande": ("WinoGrande", "acc", 58.6), "mmlu": ("MMLU", "acc", "-"), "nq_open": ("NQ", "exact_match", "-"),
+    "triviaqa": ("TriviaQA", "exact_match", "-"), "arc_easy": ("ARC-e", "acc_norm", 73.9),
+    "arc_challenge": ("ARC-c", "acc_norm", "-"), "openbookqa": ("OpenBookQA", "acc_norm", 34.6),
+    "boolq": ("BoolQ", "acc", 60.2), "drop": ("DROP", "f1", "-"), "gsm8k": ("GSM8K", "exact_match", "-"),
+    "bbh": ("BBH", "exact_match", "-")}
 PAPER_AVERAGES = "The paper's averages over all 14: S 46.5, M 55.4, L 59.8; after INT4 QAT 44.0, 52.5, 57.8."
 
 
 def register_with_lm_eval() -> type:
-    """Make `--model mobilemoe` known to lm-eval: its LM interface on top of log_likelihoods and greedy_answers above."""
+    """Make `--model mobilemoe` known to lm-eval: its LM interface on top of Subject."""
     try:
         from lm_eval.api.model import LM
         from lm_eval.api.registry import register_model
@@ -598,159 +492,105 @@ def register_with_lm_eval() -> type:
         def __init__(self, checkpoint: str, batch_size=None, max_batch_size=None, device=None):
             super().__init__()          # (batch size and device come with every command; batches here follow from lengths)
             self.subject = Subject(checkpoint)
-            self.begin = [self.subject.encoding.encode_single_token("<|begin_of_text|>")]
 
         def encode(self, text: str) -> list[int]:
-            return self.subject.encoding.encode_ordinary(text)
+            encoding = self.subject.encoding
+            return [encoding.encode_single_token("<|begin_of_text|>"), *encoding.encode_ordinary(text)]
 
         def encode_pair(self, context: str, continuation: str) -> tuple[list[int], int]:
             # A space between the two belongs to the first word after it, as in text; "a " + "b" encoded apart is not "a b".
-            stripped = context.rstrip()
-            whole, before = self.encode(context + continuation), self.encode(stripped)
-            return self.begin + whole, 1 + min(len(before), len(whole) - 1)
+            whole = self.encode(context + continuation)
+            return whole, min(len(self.encode(context.rstrip())), len(whole) - 1)
 
         def loglikelihood(self, requests, disable_tqdm=False):
-            results = self.subject.log_likelihoods([self.encode_pair(*request.args) for request in requests])
-            self.subject.report_long()
-            return results
+            return self.subject.log_likelihoods([self.encode_pair(*request.args) for request in requests], "log-likelihoods")
 
         def loglikelihood_rolling(self, requests, disable_tqdm=False):
-            sequences = [(self.begin + self.encode(request.args[0]), 1) for request in requests]
-            results = [score for score, _ in self.subject.log_likelihoods(sequences)]
-            self.subject.report_long()
-            return results
+            sequences = [(self.encode(request.args[0]), 1) for request in requests]
+            return [score for score, _ in self.subject.log_likelihoods(sequences, "whole texts")]
 
         def generate_until(self, requests, disable_tqdm=False):
-            groups, answers = defaultdict(list), [""] * len(requests)
+            groups, answers = defaultdict(list), {}
             for index, request in enumerate(requests):
                 options = request.args[1]
                 if options.get("do_sample") and options.get("temperature", 1.0) > 0:
                     raise UserError("this task wants sampled answers, mobilemoe answers greedily: set do_sample to false")
                 until = options.get("until") or []
-                until = (until,) if isinstance(until, str) else tuple(until)
-                groups[until, options.get("max_gen_toks", 256)].append(index)
+                groups[(until,) if isinstance(until, str) else tuple(until), options.get("max_gen_toks", 256)].append(index)
             for (until, max_new), members in groups.items():
-                prompts = [self.begin + self.encode(requests[index].args[0]) for index in members]
-                for index, answer in zip(members, self.subject.answers(prompts, max_new, list(until))):
-                    answers[index] = answer
-            self.subject.report_long()
-            return answers
+                prompts = [self.encode(requests[index].args[0]) for index in members]
+                answers |= zip(members, self.subject.answers(prompts, max_new, until, "answers"))
+            return [answers[index] for index in range(len(requests))]
     return MobileMoELM
 
 
-def load_tasks(tasks: str):
-    """"mobilemoe14", names of lm-eval's own tasks, or .yaml files, separated by commas -> (names, lm-eval's TaskManager)."""
-    from lm_eval.tasks import TaskManager
-    names, folders = [], []
-    for entry in tasks.split(","):
-        if entry.endswith((".yaml", ".yml")):
-            try:
-                import yaml
-                loader = type("Loader", (yaml.SafeLoader,), {})     # lm-eval's "!function" is for lm-eval to resolve
-                loader.add_multi_constructor("!", lambda loader, suffix, node: None)
-                task = yaml.load(Path(entry).read_text(), loader)
-                names.append(task["task"])
-            except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, KeyError) as error:
-                reason = getattr(error, "strerror", None) or "not a YAML file with a `task` name"
-                raise UserError(f"cannot read the task file {entry}: {reason}") from None
-            folders.append(str(Path(entry).resolve().parent))
-        else:
-            names += MOBILEMOE14 if entry == "mobilemoe14" else [entry]
-    manager = TaskManager(include_path=folders or None, include_defaults=len(folders) < len(tasks.split(",")))
-    for name in names:
-        if name not in manager.all_tasks:
-            raise UserError(f"lm-eval knows no task {name!r}: give mobilemoe14, one of `lm-eval ls tasks`, or a .yaml file")
-    return names, manager
-
-
-def run_tasks(paths: list[Path], tasks: str, limit: int | None) -> str:
-    """lm-eval's scores of the checkpoints, and the paper's of the released S base model beside them, as a table."""
-    model_class = register_with_lm_eval()
-    from lm_eval import simple_evaluate
-    names, manager = load_tasks(tasks)
-    rows, columns = {name: [] for name in names}, []
-    for path in paths:
-        model = model_class(str(path))
-        columns.append(path.name)
-        for name in names:
-            try:
-                results = simple_evaluate(model, tasks=[name], task_manager=manager, limit=limit, bootstrap_iters=0,
-                                          log_samples=False)["results"][name]
-            except UserError:
-                raise
-            except Exception as error:      # a data set that cannot be loaded fails in a dozen ways, most of them long
-                first = (str(error).strip() or type(error).__name__).splitlines()[0]
-                raise UserError(f"task {name} cannot be run (is its data set there?): {first}") from None
-            wanted = MOBILEMOE14.get(name, (name, "acc", None))[1]
-            scores = {key: value for key, value in results.items()
-                      if isinstance(value, float) and "stderr" not in key and "," in key}
-            key = next((key for key in scores if key.split(",")[0] == wanted), next(iter(scores), None))
-            rows[name].append("-" if key is None else f"{100 * scores[key]:.1f} ({key.split(',')[0]})")
-    lines = ["| task | " + " | ".join(columns) + " | paper, S base |", "|---|" + "---:|" * (len(columns) + 1)]
-    for name, cells in rows.items():
-        label, _, paper = MOBILEMOE14.get(name, (name, "", None))
-        lines.append(f"| {label} | " + " | ".join(cells) + f" | {paper or '-'} |")
-    return "\n".join([*lines, "", PAPER_AVERAGES + " Shots and prompts here are lm-eval's defaults."])
+def run_lm_eval(arguments: list[str]):
+    """lm-eval's own command, which now knows `--model mobilemoe` and the task list mobilemoe14."""
+    register_with_lm_eval()
+    from lm_eval.__main__ import cli_evaluate
+    sys.argv = ["lm-eval", *(word.replace("mobilemoe14", ",".join(MOBILEMOE14)) for word in arguments)]
+    try:
+        cli_evaluate()
+    except UserError:
+        raise
+    except Exception as error:      # a task file, or its data set, can be wrong in a dozen ways, most of them many lines long
+        raise UserError(f"lm-eval: {type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}") from None
+    if any("mobilemoe14" in word for word in arguments):
+        print("\n" + table(["task", "metric", "paper, S base"], list(MOBILEMOE14.values())) + "\n\n" + PAPER_AVERAGES)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Command line
 
 
-def evaluate(checkpoints: list[Path], files: list[Path], folder: str | None, out: Path):
+def evaluate(subjects: list[Subject], files: list[Path], out: Path):
     """Print the tables, draw the pictures."""
-    subjects = [Subject(path) for path in checkpoints]     # all of them first: a wrong name should not cost ten minutes
-    print("reading " + (folder or "the documentation and source of Python, NumPy and PyTorch"), flush=True)
-    corpus = data.folder_corpus(folder) if folder else data.embedded_corpus()
-    names, bits, scores, quiz, reports = [], [], [], {}, []
-    for subject in subjects:
-        items, sums = heldout_items(corpus, subject.checkpoint, subject.path)
-        names.append(subject.path.stem)
-        print(f"{subject.path}: bits per byte, {len(items)} quiz and {len(sums)} arithmetic questions, routing", flush=True)
+    names = [subject.path.stem for subject in subjects]
+    names = names if len(set(names)) == len(names) else [str(subject.path) for subject in subjects]
+    first, bits, scores = subjects[0], [], []
+    held = [(questions(s), {domain: text["bytes"] for domain, text in s.checkpoint["heldout"].items()}) for s in subjects]
+    (items, sums), _ = held[0]
+    for other, different in zip(subjects, held):
+        if different != held[0]:
+            raise UserError(f"{first.path} and {other.path} hold out different texts; what one is asked the other may have "
+                            "learned: compare checkpoints of one corpus")
+    for what, found in (("quiz", items), ("arithmetic", sums)):
+        print(f"{what}: {len(found)} held-out questions" + ("" if found else "; this corpus has none, so it is left out"))
+    for name, subject in zip(names, subjects):
+        print(f"{name}: bits per byte", flush=True)
         bits.append(heldout_bits_per_byte(subject.model, subject.checkpoint))
-        row, quiz[subject] = {}, subject.quiz(items)
+        scores.append({})
         if items:
-            row = {"quiz": quiz_score(items, quiz_answers(items, quiz[subject])),
-                   "quiz per byte": quiz_score(items, quiz_answers(items, quiz[subject], per_byte=True))}
-        scores.append(row | ({"arithmetic": arithmetic_score(sums, subject.arithmetic(sums))} if sums else {}))
-        subject.report_long()
-        if not subject.model.config.dense:
-            reports.append((subject.path.stem, routing_report(expert_loads(subject))))
-    tasks = {task: score for row in scores for task, score in row.items()}
-    heads = [*bits[0], *(f"{task} (chance {100 * score.chance:.1f} %)" for task, score in tasks.items())]
-    print("\n| held-out | asked as | " + " | ".join(heads) + " |\n|---|---|" + "---:|" * len(heads))
-    for subject, name, row, right in zip(subjects, names, bits, scores):
-        cells = [f"{row[d]:.3f}" if d in row else "-" for d in bits[0]] + [str(right.get(task, "-")) for task in tasks]
-        print(f"| {name} | {'chat' if subject.chat else 'document'} | " + " | ".join(cells) + " |")
-    print("\nBits per byte by domain; right answers ± one standard error, and how many of them above chance.", flush=True)
+            found = subject.log_likelihoods(quiz_sequences(items, subject.encoding, subject.chat), f"{name}: quiz")
+            points = quiz_points(items, [value for value, _ in found])
+            scores[-1] = {task: quiz_score(items, value) for task, value in points.items()}
+        if sums:
+            prompts = [prompt_ids(item, subject.encoding, subject.chat) for item in sums]
+            answers = subject.answers(prompts, 80, ["\n\n"], f"{name}: arithmetic")
+            scores[-1]["arithmetic"] = arithmetic_score(sums, answers)
+    heads = ["held out", "asked as", *bits[0], *(f"{task} (chance {100 * s.chance:.1f} %)" for task, s in scores[0].items())]
+    rows = [[name, "chat" if subject.chat else "document", *(f"{value:.3f}" for value in bit.values()), *right.values()]
+            for name, subject, bit, right in zip(names, subjects, bits, scores)]
+    print(f"\n{table(heads, rows)}\n\nBits per byte by domain; right answers ± one standard error, and how many of them above "
+          "chance.", flush=True)
+    draw_progress(names, bits, scores, out / "progress.png")
     for path in files:
         subject = next((s for s in reversed(subjects) if s.checkpoint["quantized"]), subjects[-1])
-        items, _ = heldout_items(corpus, subject.checkpoint, subject.path)
-        print("\n" + compare_with_llama_cpp(path, subject, items, quiz[subject]), flush=True)
-    print()
-    if reports:
-        print(routing_summary(*zip(*reports)))
-        draw_routing(*zip(*reports), out / "routing.png")
-    else:
-        print("routing: none, the model is dense")
-    draw_progress(names, bits, scores, out / "progress.png")
-    print(f"pictures: {out / 'progress.png'}" + (f", {out / 'routing.png'}" if reports else ""))
+        print("\n" + compare_with_llama_cpp(path, subject, items), flush=True)
+    routed = [(name, routing_shares(subject)) for name, subject in zip(names, subjects) if not subject.model.config.dense]
+    print("\n" + (routing_summary(*zip(*routed)) if routed else "routing: none, the model is dense"))
+    if routed:
+        draw_routing(*zip(*routed), out / "routing.png")
 
 
 def main():
     if sys.argv[1:2] == ["--ask-llama-cpp"]:
         return ask_llama_cpp()
-    if sys.argv[1:2] == ["lm-eval"]:        # lm-eval's own command, which now knows `--model mobilemoe`
-        register_with_lm_eval()
-        from lm_eval.__main__ import cli_evaluate
-        sys.argv = sys.argv[1:]
-        return cli_evaluate()
+    if sys.argv[1:2] == ["lm-eval"]:
+        return run_lm_eval(sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", type=Path, metavar="CHECKPOINT", help=".pt files, in the order of their stages; "
                         "a .gguf is compared with the last quantised checkpoint")
-    parser.add_argument("--data", metavar="FOLDER", help="the folder that the checkpoints were trained on, if they were on one")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where the pictures go (beside the last checkpoint)")
-    parser.add_argument("--tasks", help="run lm-eval instead: mobilemoe14, its own names, or .yaml files, with commas between")
-    parser.add_argument("--limit", type=int, help="only so many questions of each of these tasks")
     args = parser.parse_args()
     files = [path for path in args.files if path.suffix == ".gguf"]
     checkpoints = [path for path in args.files if path.suffix != ".gguf"]
@@ -759,13 +599,11 @@ def main():
             raise UserError(f"no file {path}: `python export_mobile.py CHECKPOINT` makes one")
     if not checkpoints:
         raise UserError("a .gguf is judged beside the checkpoint it was made of: name that as well")
-    if args.tasks:
-        print("\n" + run_tasks(checkpoints, args.tasks, args.limit))
-        return
     out = args.out or checkpoints[-1].parent
     if not out.is_dir():
         raise UserError(f"no folder {out} for the pictures")
-    evaluate(checkpoints, files, args.data, out)
+    panels(1, 1, (1, 1))            # is matplotlib here? Better to know now than after five minutes
+    evaluate([Subject(path) for path in checkpoints], files, out)      # all are read first: a wrong name costs no ten minutes
 
 
 if __name__ == "__main__":

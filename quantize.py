@@ -26,7 +26,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from mobilemoe import Experts, MobileMoE, UserError, bits_per_byte, load_checkpoint, model_from_checkpoint, run_main
+from mobilemoe import (
+    MLP,
+    Attention,
+    Experts,
+    MobileMoE,
+    UserError,
+    bits_per_byte,
+    load_checkpoint,
+    model_from_checkpoint,
+    run_main,
+)
 
 GROUP = 32      # weights or activations that share one scale; fixed by the phone's block formats
 
@@ -105,18 +115,19 @@ def attach(model: MobileMoE) -> MobileMoE:
 
     Router, norms and expert_bias stay FP32, and so does the router's *input*: a choice of experts must not hinge on rounding.
     """
-    quantised = (nn.Linear, nn.Embedding, Experts)
-    for module in [module for module in model.modules() if isinstance(module, quantised)]:
-        if isinstance(module, nn.Linear):
-            parametrize.register_parametrization(module, "weight", Int4Weight(dim=1))          # [out, in]
-            module.register_forward_pre_hook(lambda _, inputs: (fake_quant_activation(inputs[0]),))
-        elif isinstance(module, nn.Embedding):
-            parametrize.register_parametrization(module, "weight", Int4Weight(dim=1))          # [V, D]
-        else:
-            parametrize.register_parametrization(module, "gate_up_proj", Int4Weight(dim=1))    # [E, D, 2F]
-            parametrize.register_parametrization(module, "down_proj", Int4Weight(dim=1))       # [E, F, D]
-            module.register_forward_pre_hook(lambda _, inputs: (fake_quant_activation(inputs[0]), *inputs[1:]))
+    def round_input(module, inputs):
+        return fake_quant_activation(inputs[0]), *inputs[1:]
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear | nn.Embedding):
+            parametrize.register_parametrization(module, "weight", Int4Weight(dim=1))              # [out, in], [V, D]
+        elif isinstance(module, Experts):
+            parametrize.register_parametrization(module, "gate_up_proj", Int4Weight(dim=1))        # [E, D, 2F]
+            parametrize.register_parametrization(module, "down_proj", Int4Weight(dim=1))           # [E, F, D]
             module.swiglu.register_forward_hook(lambda _, inputs, output: fake_quant_activation(output))
+        # One rounding serves q, k and v, one serves gate and up: the same vector enters them.
+        if isinstance(module, Attention | MLP | Experts) or name.endswith(("o_proj", "down_proj")):
+            module.register_forward_pre_hook(round_input)
     # The output projection is the embedding, not a module of its own; its input is what the final norm puts out.
     model.model.norm.register_forward_hook(lambda _, inputs, output: fake_quant_activation(output))
     return model

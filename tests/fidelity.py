@@ -3,8 +3,8 @@
     PYTHONPATH=. python tests/fidelity.py runs/tiny
 
 Weights bit for bit (official gguf reader), token ids of held-out documents and conversations (llama.cpp against tiktoken), and
-next-token predictions of llama.cpp against PyTorch with INT4 weights and INT8 activations. About five minutes; test_export.py
-holds the same promises on a small model in seconds.
+next-token predictions of llama.cpp against PyTorch with INT4 weights and INT8 activations; and what mid-training reached on
+*all* held-out docstrings. About five minutes; test_export.py holds the same promises on a small model in seconds.
 """
 import sys
 from pathlib import Path
@@ -17,7 +17,7 @@ from gguf.quants import dequantize
 
 import data
 import quantize
-from mobilemoe import load_checkpoint, model_from_checkpoint, tokenizer_from_dict
+from mobilemoe import bits_per_byte, load_checkpoint, model_from_checkpoint, tokenizer_from_dict
 
 PER_DOMAIN = 640        # positions of each of the four domains
 
@@ -44,6 +44,13 @@ def main(run: Path):
     texts += [message["content"] for example in corpus.sft_heldout for message in example["messages"]]
     equal = sum(ids == encoding.encode_ordinary(text) for text, ids in zip(texts, llama_cpp.tokenize(path, texts)))
     print(f"{equal:,} of {len(texts):,} held-out documents and messages: token ids of llama.cpp and tiktoken are equal")
+
+    docstrings = corpus.heldout["prose"]            # all of them: the report measures 100 kB
+    size, ids = sum(len(text.encode()) for text in docstrings), data.tokenize_documents(docstrings, encoding)
+    middle = model_from_checkpoint(load_checkpoint(run / "midtrain.pt"))
+    print(f"all {size / 1e3:.0f} kB of held-out docstrings after mid-training: "
+          f"{bits_per_byte(middle, ids.astype(np.int32), size, checkpoint['context']):.3f} bits per byte; "
+          f"`xz -9e` {data.xz_bits_per_byte(docstrings):.3f}")
 
     model, window = quantize.attach(model_from_checkpoint(checkpoint)), checkpoint["context"] // 2
     for f32_cache in (True, False):

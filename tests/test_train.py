@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import data
 import train
 from mobilemoe import PRESETS, MobileMoE, UserError, load_checkpoint, model_from_checkpoint
 from quantize import attach, fake_quant, master_state_dict
@@ -477,3 +478,15 @@ def test_every_weight_has_exactly_one_optimizer_and_norms_no_decay(config, attac
     names = {id(p): name for name, p in model.named_parameters()}
     by_muon = [names[id(p)] for group in muon.param_groups for p in group["params"]]
     assert all("proj" in name for name in by_muon) and len(by_muon) == sum("proj" in name for name in names.values())
+
+
+def test_shards_are_trained_on_from_the_disk_in_every_stage(finished_run, text_folder, tmp_path, call):
+    ranks, shards, run = tmp_path / "ranks.tiktoken", tmp_path / "shards", tmp_path / "run"
+    ranks.write_text(torch.load(finished_run / "tokens.pt", weights_only=True)["tokenizer"]["ranks"])
+    for name in ("prose.txt", "maths.jsonl", "chat.jsonl"):
+        data.tokenize_files([text_folder / name], name.split(".")[0], shards, ranks, workers=1)
+    assert call(train.main, "--preset", "test", "--data", shards, "--run", run)[0] == 0
+    history = load_checkpoint(run / "qat.pt")["history"]
+    assert [row["stage"] for row in history] == list(train.STAGES)
+    assert history[0]["loss"] < math.log(TEST.vocab_size) - 0.5
+    assert not torch.load(run / "tokens.pt", weights_only=True)["train"]                   # nothing was copied into the run

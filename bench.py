@@ -1,0 +1,266 @@
+"""How fast it trains, against everything else one could have written.
+
+    python bench.py                                 d 256, 6 layers, 60 experts top-4 + shared, 8 x 512 tokens
+    python bench.py --preset S --batch 1 --device cuda --json s.json
+
+A training step is forward, loss, backward, clipping and optimizer, in BF16 where the hardware multiplies that faster than FP32.
+Everybody gets the same weights, the same tokens and the same fused AdamW; one row more shows this model with the optimizers
+that train.py really uses:
+
+    drop-and-pad, dropless          this model in its two dispatch modes (mobilemoe.Experts)
+    naive loop                      this model with the loop over experts that everybody writes first
+    dense                           the dense model of equal active size: what the mixture's bookkeeping costs
+    transformers                    its Glm4Moe with these weights, the best of its experts' implementations
+    QAT                             dropless with INT4 attached, as the last stage trains
+
+The contenders take turns, one step each, and every ratio is the median over rounds of the ratio *within* a round: a computer
+that grows warm or busy slows all of them alike. What it is not: a measure of quality, which is train.py's report. The tokens
+are random, so routing is about as even as training keeps it.
+"""
+import argparse
+import copy
+import dataclasses
+import functools
+import importlib.util
+import json
+import statistics
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mobilemoe import PRESETS, Config, Experts, LinearCrossEntropy, MobileMoE, UserError, atomic_write, generate, run_main
+from quantize import attach
+from train import TINY, matmul_dtype, optimizers, train_step
+
+SHAPE = Config(d_model=256, n_layers=6, n_heads=4, n_kv_heads=2, d_ff=1024, vocab_size=4096, max_context=512)
+CAPACITY = 1.5          # pre-training's, in the paper and in train.py
+NEW_TOKENS = 32         # of one generate()
+# Rows of the table, since two places must spell them alike.
+PADDED, DROPLESS, LOOP, DENSE = "drop-and-pad", "dropless", "naive loop over experts", "dense, equal active size"
+OWN, QAT = "drop-and-pad, train.py's optimizers", "dropless, QAT"
+AIMS = {"drop-and-pad / transformers' best": ("at least", 2.0), "drop-and-pad / dense": ("at least", 0.65),
+        "time of a QAT step / plain": ("at most", 1.4)}
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Contenders: each has a loss(x, y) to be minimised
+
+
+def our_loss(model: MobileMoE, capacity: float | None, x: Tensor, y: Tensor) -> Tensor:
+    """What train.py minimises. x, y [B, T] -> scalar."""
+    loss, routing = model(x, y, capacity_factor=capacity)
+    return loss if routing is None else loss + model.config.z_loss * routing.z_loss
+
+
+def loop_over_experts(self: Experts, x: Tensor, weights: Tensor, experts: Tensor, capacity_factor) -> tuple[Tensor, Tensor]:
+    """Experts.forward as one would first write it: x [N, D], weights [N, A], experts [N, A] -> [N, D], nothing dropped."""
+    y = torch.zeros_like(x)                                                # [N, D]
+    # unbind, because indexing a stack E times costs E gradients as large as the whole stack in backward
+    for e, (gate_up, down) in enumerate(zip(self.gate_up_proj.unbind(), self.down_proj.unbind())):
+        token, slot = torch.where(experts == e)                            # who sent what to this expert
+        gate, up = (x[token] @ gate_up).chunk(2, dim=-1)                   # [n, F]
+        out = (F.silu(gate) * up) @ down                                   # [n, D]
+        y = y.index_add(0, token, (out * weights[token, slot, None]).to(y.dtype))
+    return y, torch.zeros((), device=x.device)
+
+
+def naive_twin(model: MobileMoE) -> MobileMoE:
+    """A copy with the same weights that computes the same function with a loop."""
+    twin = copy.deepcopy(model)
+    for block in twin.model.layers:
+        block.feed_forward.experts.forward = functools.partial(loop_over_experts, block.feed_forward.experts)
+    return twin
+
+
+def glm_twin(model: MobileMoE, implementation: str) -> nn.Module:
+    """transformers' Glm4MoeForCausalLM with the same weights. Needs transformers."""
+    import transformers
+    c = model.config
+    config = transformers.Glm4MoeConfig(
+        vocab_size=c.vocab_size, hidden_size=c.d_model, intermediate_size=c.d_ff, num_hidden_layers=c.n_layers,
+        num_attention_heads=c.n_heads, num_key_value_heads=c.n_kv_heads, head_dim=c.d_head, attention_bias=False,
+        use_qk_norm=True, rms_norm_eps=c.norm_eps, rope_theta=c.rope_theta, partial_rotary_factor=1.0,
+        moe_intermediate_size=c.expert_width, n_routed_experts=c.n_routed, num_experts_per_tok=c.active_routed,
+        n_shared_experts=c.shared_width // c.expert_width, routed_scaling_factor=c.routed_scale, norm_topk_prob=True,
+        n_group=1, topk_group=1, first_k_dense_replace=0, num_mtp_layers=0, tie_word_embeddings=True,
+        experts_implementation=implementation)
+    weights = {"lm_head.weight": model.model.embed_tokens.weight}
+    for name, weight in model.state_dict().items():
+        if name.endswith(("q_proj.weight", "k_proj.weight")):   # it rotates (i, i + d_head/2) where we rotate (2i, 2i + 1)
+            weight = weight.unflatten(0, (-1, c.d_head // 2, 2)).transpose(1, 2).flatten(0, 2)
+        if ".experts." in name:
+            weight = weight.transpose(1, 2)                                # [E, in, out] -> [E, out, in]
+        for old, new in (("feed_forward.router", "mlp.gate"), ("feed_forward.shared_expert", "mlp.shared_experts"),
+                         ("feed_forward.expert_bias", "mlp.gate.e_score_correction_bias"), ("feed_forward", "mlp")):
+            name = name.replace(old, new)
+        weights[name] = weight
+    glm = transformers.Glm4MoeForCausalLM(config).to(model.model.embed_tokens.weight.device)
+    glm.load_state_dict(weights, strict=False)                  # what is missing are QK-norm weights, which start as ones
+    return glm
+
+
+def glm_loss(glm: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """transformers' own loss: all logits, in FP32, and F.cross_entropy. (`labels=` would shift y a second time.)"""
+    return F.cross_entropy(glm(x, use_cache=False).logits.float().flatten(0, 1), y.flatten())
+
+
+def adamw_step(model: nn.Module, loss: Callable, x: Tensor, y: Tensor) -> Callable[[], None]:
+    """-> a function that trains `model` for one step on x, y [B, T]."""
+    opt, dtype = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True), matmul_dtype(x.device)
+
+    def step():
+        with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
+            value = loss(x, y)
+        value.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        opt.step()
+        opt.zero_grad()
+    return step
+
+
+def own_step(model: MobileMoE, x: Tensor, y: Tensor) -> Callable[[], None]:
+    """One step exactly as train.py takes it."""
+    stage = dataclasses.replace(TINY["pretrain"], context=x.shape[1], batch=x.numel(), peak_lr=1e-4, capacity=CAPACITY)
+    opts, batches = optimizers(model, TINY), SimpleNamespace(batch=lambda step, rows: (x, y))
+    return lambda: train_step(model, opts, stage, batches, 1, 100, len(x))
+
+
+def best_glm_step(model: MobileMoE, x: Tensor, y: Tensor) -> tuple[str, Callable] | None:
+    """Try every experts implementation of transformers for two steps; the name and the step of the fastest."""
+    if importlib.util.find_spec("transformers") is None:
+        print("transformers is not installed (`pip install transformers`): left out", flush=True)
+        return None
+    trials = []
+    for implementation, weights in (("eager", "FP32"), ("batched_mm", "FP32"), ("grouped_mm", "FP32"), ("grouped_mm", "BF16")):
+        c, label = model.config, f"transformers {implementation}, {weights} weights"
+        gathered = x.numel() * c.active_routed * 3 * c.d_model * c.expert_width * 4 * c.n_layers
+        if implementation == "batched_mm" and gathered > 8e9:   # it copies an expert's matrices for every route
+            print(f"{label}: would hold {gathered / 1e9:.0f} GB of copied weights, left out", flush=True)
+            continue
+        # grouped_mm does not obey autocast: FP32 weights are multiplied in FP32. So it may hold all its weights in BF16, too
+        # (no way to train well, as updates below 0.4 % of a weight round to nothing, but here only time counts).
+        glm = glm_twin(model, implementation).to(torch.bfloat16 if weights == "BF16" else torch.float32)
+        step = adamw_step(glm, functools.partial(glm_loss, glm), x, y)
+        _, seconds = timed(step, x.device), timed(step, x.device)          # the first one builds kernels
+        print(f"{label}: {x.numel() / seconds:,.0f} tok/s", flush=True)
+        trials = sorted([*trials, (seconds, label, step)])[:1]             # the slower one's memory is free again
+    return trials[0][1:]
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Timing
+
+
+def timed(function: Callable, device: torch.device) -> float:
+    """Seconds one call takes. A GPU works behind Python's back: wait for it before and after."""
+    wait = torch.get_device_module(device).synchronize      # does nothing on a CPU
+    wait()
+    start = time.perf_counter()
+    function()
+    wait()
+    return time.perf_counter() - start
+
+
+def interleave(contenders: dict[str, Callable], rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of each contender in each round, in turns, after one call each that does not count."""
+    seconds = {name: [] for name in contenders}
+    start = time.perf_counter()
+    for done in range(rounds + 1):
+        for name, function in contenders.items():
+            seconds[name].append(timed(function, device))
+        passed = time.perf_counter() - start
+        print(f"round {done} of {rounds}, {passed / (done + 1) * (rounds - done):.0f} s left", flush=True)
+    return {name: values[1:] for name, values in seconds.items()}
+
+
+def ratio(seconds: dict[str, list[float]], ours: str, theirs: str) -> float:
+    """Speed of `ours` over the speed of `theirs`, median over rounds."""
+    return statistics.median(b / a for a, b in zip(seconds[ours], seconds[theirs]))
+
+
+def losses(config: Config, n: int, device: torch.device) -> dict[str, Callable[[], None]]:
+    """Three ways from the last hidden states [N, D] to the loss and its gradients: forward and backward."""
+    dtype = matmul_dtype(device)
+    x = torch.randn(n, config.d_model, device=device, dtype=dtype, requires_grad=True)
+    weight = nn.Parameter(0.02 * torch.randn(config.vocab_size, config.d_model, device=device))
+    targets = torch.randint(config.vocab_size, (n,), device=device)
+
+    def gradients(loss: Callable[[], Tensor]):
+        return lambda: torch.autograd.grad(loss(), (x, weight)) and None
+    return {"LinearCrossEntropy": gradients(lambda: LinearCrossEntropy.apply(x, weight, targets, True)),
+            "F.cross_entropy": gradients(lambda: F.cross_entropy(F.linear(x, weight.to(dtype)).float(), targets)),
+            "F.linear_cross_entropy": gradients(lambda: F.linear_cross_entropy(
+                x, weight.to(dtype), targets, options=nn.LinearCrossEntropyOptions()))}            # in chunks, as ours
+
+
+def report(seconds: dict[str, list[float]], tokens: dict[str, int], glm: str | None) -> dict:
+    """Print the table and the targets. -> {"tokens_per_s": {row: median}, "ratios": {target: ratio}}"""
+    speeds = {name: [tokens[name] / s for s in seconds[name]] for name in tokens}
+    print(f"\n{'':42}{'tokens/s':>10}  {'slowest … fastest':>19}  drop-and-pad is")
+    for name, speed in speeds.items():
+        against = f"{ratio(seconds, PADDED, name):10.2f} x as fast" if name != "generate()" else ""
+        print(f"{name:42}{statistics.median(speed):10,.0f}  {f'{min(speed):,.0f} … {max(speed):,.0f}':>19}  {against}")
+    ratios = {"drop-and-pad / dense": ratio(seconds, PADDED, DENSE),
+              "time of a QAT step / plain": ratio(seconds, DROPLESS, QAT)}
+    if glm:
+        ratios["drop-and-pad / transformers' best"] = ratio(seconds, PADDED, glm)
+    print()
+    for name, value in ratios.items():
+        side, aim = AIMS[name]
+        met = value >= aim if side == "at least" else value <= aim
+        print(f"{name:42}{value:10.2f}  aim: {side} {aim}{'' if met else '  MISSED'}")
+    return {"tokens_per_s": {name: statistics.median(speed) for name, speed in speeds.items()}, "ratios": ratios}
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Training speed of this model against other ways to write it.")
+    parser.add_argument("--preset", choices=[name for name, config in PRESETS.items() if not config.dense],
+                        help="a shape of mobilemoe.py instead of d 256, 6 layers")
+    parser.add_argument("--batch", type=int, default=8, help="rows of a batch (%(default)s)")
+    parser.add_argument("--context", type=int, default=512, help="tokens of a row (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=7, help="timed steps of each contender (%(default)s)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
+    parser.add_argument("--json", help="write the figures to this file as well")
+    args = parser.parse_args()
+    if min(args.batch, args.rounds) < 1 or args.context < NEW_TOKENS:
+        raise UserError(f"--batch and --rounds must be at least 1, --context {NEW_TOKENS}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("no CUDA device here: leave --device out")
+    device = torch.device(args.device)
+    torch.manual_seed(0)
+    # Matrices of zeros, with which `tiny` starts, could flatter somebody.
+    config = dataclasses.replace(PRESETS.get(args.preset, SHAPE), zero_init_outputs=False)
+    model = MobileMoE(config).to(device)
+    dense = MobileMoE(dataclasses.replace(config, n_experts=1, granularity=1, shared_expert=False, top_k=0)).to(device)
+    x, y = torch.randint(config.vocab_size, (2, args.batch, args.context), device=device)      # [B, T] each
+    print(f"{config.total_params() / 1e6:.1f}M parameters, {config.active_params() / 1e6:.1f}M active; {args.batch} x "
+          f"{args.context} tokens; {device}, {torch.get_num_threads()} threads, {str(matmul_dtype(device))[6:]}; "
+          f"torch {torch.__version__}", flush=True)
+
+    glm = best_glm_step(model, x, y)
+    naive, quantised = naive_twin(model), attach(copy.deepcopy(model))
+    steps = {PADDED: adamw_step(model, functools.partial(our_loss, model, CAPACITY), x, y),
+             DROPLESS: adamw_step(model, functools.partial(our_loss, model, None), x, y),
+             QAT: adamw_step(quantised, functools.partial(our_loss, quantised, None), x, y),
+             DENSE: adamw_step(dense, functools.partial(our_loss, dense, None), x, y),
+             LOOP: adamw_step(naive, functools.partial(our_loss, naive, None), x, y)} | dict([glm] if glm else [])
+    steps[OWN] = own_step(copy.deepcopy(model), x, y)
+    talker, prompt = copy.deepcopy(model).eval(), x[0, :NEW_TOKENS].tolist()
+    extras = {"generate()": lambda: generate(talker, prompt, NEW_TOKENS, temperature=0)} | losses(config, x.numel(), device)
+    seconds = interleave(steps | extras, args.rounds, device)
+
+    result = report(seconds, dict.fromkeys(steps, x.numel()) | {"generate()": NEW_TOKENS}, glm and glm[0])
+    result["loss_ms"] = {name: 1e3 * statistics.median(seconds[name]) for name in list(extras)[1:]}
+    print(f"\nloss and its gradients, N {x.numel()}, V {config.vocab_size}: "
+          + ", ".join(f"{name} {ms:.0f} ms" for name, ms in result["loss_ms"].items()))
+    if args.json:
+        setting = {"config": dataclasses.asdict(config), "batch": args.batch, "context": args.context, "rounds": args.rounds,
+                   "device": str(device), "threads": torch.get_num_threads(), "torch": torch.__version__}
+        with atomic_write(args.json) as file:
+            file.write(json.dumps(setting | result, indent=1).encode())
+
+
+if __name__ == "__main__":
+    run_main(main)
