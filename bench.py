@@ -221,7 +221,7 @@ def main():
     parser.add_argument("--batch", type=int, default=8, help="rows of a batch (%(default)s)")
     parser.add_argument("--context", type=int, default=512, help="tokens of a row (%(default)s)")
     parser.add_argument("--rounds", type=int, default=7, help="timed steps of each contender (%(default)s)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="(%(default)s)")
     parser.add_argument("--json", help="write the figures to this file as well")
     args = parser.parse_args()
     if min(args.batch, args.rounds) < 1 or args.context < NEW_TOKENS:

@@ -125,8 +125,7 @@ class Subject:
         room, encoding = self.context - max_new, self.encoding
         if long := sum(len(prompt) > room for prompt in prompts):
             print(f"{what}: {long} prompts leave no room for {max_new} tokens of answer: their last {room} tokens are read")
-        stop = {encoding.encode_single_token(name) for name in ("<|eot_id|>", "<|end_of_text|>", "<|begin_of_text|>")}
-        stop |= set(range(encoding.n_vocab, self.model.config.vocab_size))     # ids without a token, where V was rounded up
+        stop = set(mobilemoe.stop_tokens(encoding, self.model.config.vocab_size))
         by_length = defaultdict(list)
         for index, prompt in enumerate(prompts):
             by_length[min(len(prompt), room)].append(index)

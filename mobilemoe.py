@@ -304,7 +304,7 @@ class Router(nn.Module):
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The type autocast would give a matmul with `x`; its list knows neither grouped_mm nor index_copy, so we ask it."""
+    """The type autocast would give a matmul with `x`; its list knows neither grouped_mm nor our own Functions, so we ask it."""
     return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
 
 
@@ -332,8 +332,8 @@ class ToRows(torch.autograd.Function):
     """Copy tokens to the rows of the experts' buffer; its opposite, FromRows, adds each token's rows up again.
 
     Autograd would scatter the gradients back into zeroed buffers. But each row belongs to one route, so the gradient is a
-    gather, too, only along the inverse map: three passes over memory less. Idle rows compute with some token's numbers; no
-    route reads them, so their gradient is zero.
+    gather, too, only along the inverse map. Idle rows compute with some token's numbers; no route reads them, so their gradient
+    is zero.
     """
 
     @staticmethod
@@ -349,7 +349,10 @@ class ToRows(torch.autograd.Function):
 
 
 class FromRows(torch.autograd.Function):
-    """y [rows, D], weights [N, A] (0 for a dropped route), owner [rows], row [N*A] -> sum over a token's routes [N, D]."""
+    """y [rows, D], weights [N, A] (0 for a dropped route), owner [rows], row [N*A] -> sum over a token's routes [N, D].
+
+    Backward again gathers, by `owner`, what autograd would scatter into zeros.
+    """
 
     @staticmethod
     def forward(ctx, y: Tensor, weights: Tensor, owner: Tensor, row: Tensor) -> Tensor:
@@ -411,9 +414,9 @@ class Experts(nn.Module):
             padded = (count + block - 1) // block * block                  # [E]
             ends = padded.cumsum(0)                                        # [E]
             row = (ends - padded)[expert] + rank                           # [N*A] each route's row in the buffer
-            rows, kept = min(N * A + E * (block - 1), N * E), torch.ones_like(weights)
+            rows, kept = min(N * A + E * (block - 1), E * math.ceil(N / block) * block), torch.ones_like(weights)
         else:
-            capacity = math.ceil(capacity_factor * N * A / E)
+            capacity = math.ceil(min(capacity_factor * A / E, 1) * N)
             kept = (rank < capacity).view(N, A).to(weights.dtype)          # [N, A] 1 or 0
             row = torch.where(rank < capacity, expert * capacity + rank, E * capacity)     # one row more takes all the dropped
             rows = E * capacity
@@ -715,7 +718,7 @@ def tokenizer_from_dict(entry: dict):
 def encode_chat(encoding, messages: list[dict], reply: bool) -> list[int]:
     """Llama-3's chat format as token ids; `reply` ends with the header that invites the assistant to answer.
 
-    Header tokens are placed by id and the text is encoded as ordinary text, so a user who types "<|eot_id|>" has typed nine
+    Header tokens are placed by id and the text is encoded as ordinary text, so a user who types "<|eot_id|>" has typed ten
     characters and ended nothing.
     """
     def header(role):
@@ -727,6 +730,12 @@ def encode_chat(encoding, messages: list[dict], reply: bool) -> list[int]:
         ids += header(message["role"]) + encoding.encode_ordinary(message["content"].strip())
         ids.append(encoding.encode_single_token("<|eot_id|>"))
     return ids + header("assistant") if reply else ids
+
+
+def stop_tokens(encoding, vocab_size: int) -> tuple[int, ...]:
+    """What ends an answer or a document, and the ids without a token: a vocabulary may have more room than tokens."""
+    names = ("<|eot_id|>", "<|end_of_text|>", "<|begin_of_text|>")
+    return (*map(encoding.encode_single_token, names), *range(encoding.n_vocab, vocab_size))
 
 
 def main():
@@ -754,10 +763,8 @@ def main():
         sys.stdout.buffer.write(encoding.decode_single_token_bytes(token))
         sys.stdout.buffer.flush()
     sys.stdout.flush()
-    stop = tuple(encoding.encode_single_token(name) for name in ("<|eot_id|>", "<|end_of_text|>"))
-    stop += tuple(range(encoding.n_vocab, model.config.vocab_size))        # a vocabulary may have more room than tokens
     generate(model, prompt, args.tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed,
-             stop=stop, on_token=show)
+             stop=stop_tokens(encoding, model.config.vocab_size), on_token=show)
     print()
 
 

@@ -2,8 +2,8 @@
 
 The phone stores each weight in 4 bits and multiplies it with activations rounded to 8. Quantising a finished model (PTQ) moves
 every weight to the nearest of 16 values and hopes; quantisation-*aware* training (QAT, paper section 4) lets the forward pass
-see exactly the phone's numbers while the optimizer moves full-precision "master" weights behind them, so the model learns
-weights that are good *after* rounding.
+see the phone's lattice (rounded once more where training multiplies in BF16) while the optimizer moves full-precision "master"
+weights behind it, so the model learns weights that are good *after* rounding.
 
 One lattice serves training, file and phone. A group is 32 weights along a matrix's input dimension (the one a dot product runs
 along, so a whole group shares one scale inside the phone's integer inner loop):

@@ -9,7 +9,7 @@
 The paper's recipe (section 4) in one table below, beside the one that two CPU cores can afford. Each stage ends in a checkpoint
 (runs/NAME/pretrain.pt, midtrain.pt, sft.pt, qat.pt); log.jsonl has every logged step; report.md and report.png sum up.
 
-In the order of the data's way: the table, tokens, optimizers, one stage, checkpoints, report, command line.
+In the order of the data's way: the table, tokens, ranks, optimizers, one stage, checkpoints, report, command line.
 What it is not: the model is mobilemoe.py, the INT4 lattice quantize.py, corpus and batches data.py.
 """
 import argparse
@@ -32,6 +32,7 @@ import torch.utils.checkpoint
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.utils import parametrize
 
 import data
 from mobilemoe import (
@@ -45,7 +46,9 @@ from mobilemoe import (
     encode_chat,
     generate,
     load_checkpoint,
+    model_from_checkpoint,
     run_main,
+    stop_tokens,
     tokenizer_from_dict,
 )
 from quantize import attach, heldout_bits_per_byte, master_state_dict
@@ -221,11 +224,15 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 
 def join_ranks(device: str) -> torch.device:
     """Meet the other processes; -> the device of this one."""
+    try:
+        if WORLD > 1 and device == "cuda":
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"no device {device!r} on this computer: leave --device out, or say cpu") from None
     if WORLD == 1:
         return torch.device(device)
-    if device == "cuda":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
     # A long limit: the others wait while rank 0 makes the tokens. Should a rank die, torchrun ends the others at once.
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=datetime.timedelta(hours=12))
     if RANK:
@@ -243,14 +250,6 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     if WORLD > 1:
         dist.all_reduce(x)
     return x
-
-
-def recompute_activations(model: MobileMoE) -> None:
-    """Keep only what enters each block and run its forward pass once more during backward: a third more work, and activations
-    of one block instead of all. What the first pass reported (load, dropped) counts; the second's reports go nowhere.
-    """
-    for block in model.model.layers:
-        block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
 
 
 def shard(model: MobileMoE) -> None:
@@ -472,6 +471,14 @@ class Progress:
         print(("\r\033[K" if terminal else "") + line, end="" if terminal and not last else "\n", flush=True)
 
 
+def recompute_activations(model: MobileMoE) -> None:
+    """Keep only what enters each block and run its forward pass once more during backward: a third more work, and activations
+    of one block instead of all. What the first pass reported (load, dropped) counts; the second's reports go nowhere.
+    """
+    for block in model.model.layers:
+        block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
+
+
 def train_stage(model: MobileMoE, name: str, stage: Stage, batches: Batches, prepared: dict, run: Path, *,
                 micro_rows: int = 0, recompute: bool = False, resume: dict | None = None, save=None) -> dict:
     """Run one stage to its end. -> summary: tokens, seconds, loss, steps skipped, load per layer and expert, dropped fraction.
@@ -520,7 +527,7 @@ def train_stage(model: MobileMoE, name: str, stage: Stage, batches: Batches, pre
         if result["load"] is not None:
             load_sum, dropped_sum = load_sum + result["load"], dropped_sum + result["dropped"]
         last = step + 1 == steps
-        if glance and (last or step % max(1, steps // 10) == 0):
+        if glance and (last or (step - first) % max(1, steps // 10) == 0):
             bpb = bits_per_byte(model, *glance)
         if last or step % 5 == 0:
             record = {"loss": round(result["loss"], 4), "bits_per_byte": round(bpb, 4), "skipped": skipped}
@@ -588,27 +595,28 @@ def read_resume_state(run: Path, stage_name: str) -> dict | None:
 
 def run_stage(name: str, run: Path, args, prepared: dict, device: torch.device) -> None:
     """Load what the stage starts from, train, measure, sample, save."""
-    position = STAGES.index(name)
+    position, encoding = STAGES.index(name), tokenizer_from_dict(prepared["tokenizer"])
+    torch.manual_seed(args.seed)
     if position:
         before = load_checkpoint(run / f"{STAGES[position - 1]}.pt")
-        config, history = config_from_dict(before["config"]), before["history"]
+        if before["tokenizer"] != prepared["tokenizer"]:
+            raise UserError(f"{run / 'tokens.pt'} has another tokenizer than {STAGES[position - 1]}.pt: start another --run")
+        model, history = model_from_checkpoint(before), before["history"]
     else:
-        config, history = args.config, []
-    torch.manual_seed(args.seed)
-    model = MobileMoE(config)
-    if position:
-        model.load_state_dict(before["model"])
+        require_room(encoding.n_vocab, args.config.vocab_size)
+        model, history = MobileMoE(args.config), []
     model.to(device)
-    stage = stages_for(config)[name]
+    config, stage = model.config, stages_for(model.config)[name]
     if args.tokens:
         stage = dataclasses.replace(stage, tokens=args.tokens)
-    batches = Batches(prepared, stage, args.seed + position)
+    begun = {"seed": args.seed, "config": dataclasses.asdict(config)}      # what must not change while a stage is resumed
     resume = read_resume_state(run, name) if args.resume else None
-    if resume and resume["seed"] != args.seed:
-        raise UserError(f"{run} was begun with --seed {resume['seed']}, which decides what comes next: give it again")
+    if resume and any(resume[key] != value for key, value in begun.items()):
+        raise UserError(f"{run} was begun with another --seed, --preset or --config: give the same again")
+    batches = Batches(prepared, stage, args.seed + position)
     summary = train_stage(model, name, stage, batches, prepared, run, micro_rows=args.micro_rows,
                           recompute=args.checkpoint_activations, resume=resume,
-                          save=lambda state: RANK == 0 and write_resume_state(run, name, {**state, "seed": args.seed}))
+                          save=lambda state: RANK == 0 and write_resume_state(run, name, state | begun))
     weights = gather(master_state_dict(model))
     if RANK:
         return
@@ -616,12 +624,12 @@ def run_stage(name: str, run: Path, args, prepared: dict, device: torch.device) 
     model.load_state_dict(weights)
     if stage.int4:
         attach(model)
-    encoding = tokenizer_from_dict(prepared["tokenizer"])
     measured, dtype = {"context": stage.context, "heldout": prepared["heldout"]}, matmul_dtype(device)
     # In the precision of training; an INT4 model in FP32 on its lattice, which is what the phone computes.
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32 and not stage.int4):
         summary["bits_per_byte"] = heldout_bits_per_byte(model, measured)
-    summary["sample"] = sample(model, encoding, prepared, chat="chat" in stage.mixture)
+    with parametrize.cached():      # round INT4 weights once, not at every token
+        summary["sample"] = sample(model, encoding, prepared, chat="chat" in stage.mixture)
     if name == "sft":               # rounded without having been trained for it (PTQ): what QAT has to beat
         summary["bits_per_byte_ptq"] = heldout_bits_per_byte(attach(model), measured)
     write_checkpoint(run / f"{name}.pt", model, prepared, name, stage, [*history, summary])
@@ -633,8 +641,7 @@ def run_stage(name: str, run: Path, args, prepared: dict, device: torch.device) 
 def sample(model: MobileMoE, encoding, prepared: dict, chat: bool) -> str:
     """What the model says: to held-out questions if it chats, after the first lines of held-out docstrings otherwise."""
     def continue_(prompt):
-        stop = tuple(encoding.encode_single_token(token) for token in ("<|eot_id|>", "<|begin_of_text|>"))
-        stop += tuple(range(encoding.n_vocab, model.config.vocab_size))    # a vocabulary may have more room than tokens
+        stop = stop_tokens(encoding, model.config.vocab_size)
         return encoding.decode(generate(model, prompt, 96, temperature=0.5, top_p=0.9, stop=stop))
     if chat:
         return "\n".join(f"Q: {question}\nA: {continue_(encode_chat(encoding, [dict(role='user', content=question)], True))}"
@@ -675,10 +682,11 @@ def write_report(run: Path, exported: str, minutes: float) -> str:
     lines += ["", "Held-out bits per byte by domain; load is the busiest expert of the worst layer against the mean.", "",
               "| INT4 | " + " | ".join(domains) + " |", "|---|" + "---:|" * len(domains)]
     sft, qat = history[2:]
-    for name, row in (("sft, BF16", sft["bits_per_byte"]), ("sft, INT4 after training (PTQ)", sft["bits_per_byte_ptq"]),
+    for name, row in (("sft, as trained (BF16)", sft["bits_per_byte"]),
+                      ("sft, INT4 after training (PTQ)", sft["bits_per_byte_ptq"]),
                       ("qat, INT4 in training (QAT)", qat["bits_per_byte"])):
         lines.append(f"| {name} | " + " | ".join(f"{row[d]:.4f}" for d in domains) + " |")
-    lines += ["", "The exported file, and what unmodified llama.cpp answers from it to held-out questions:", "",
+    lines += ["", "The exported file and, where xllamacpp is installed, llama.cpp's answers to held-out questions:", "",
               "```", exported, "```", ""]
     for row in history:
         lines += [f"A sample after {row['stage']}:", "", "```", row["sample"], "```", ""]
@@ -697,11 +705,12 @@ def draw_report(run: Path, history: list[dict]):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    records = [json.loads(line) for line in open(run / "log.jsonl")]
+    records = {(record["stage"], record["step"]): record for record in map(json.loads, open(run / "log.jsonl"))}
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.5), width_ratios=(3, 2), layout="constrained")
     start = 0
     for color, row in zip(("tab:blue", "tab:green", "tab:orange", "tab:red"), history):
-        mine = [record for record in records if record["stage"] == row["stage"]]
+        # Sorted, and once each: a run that was resumed has logged some steps twice.
+        mine = [record for (stage, _), record in sorted(records.items()) if stage == row["stage"]]
         if not mine:
             continue
         tokens = [start + record["step"] / mine[-1]["step"] * row["tokens"] / 1e6 for record in mine]
@@ -751,10 +760,6 @@ def read_arguments():
         raise UserError("--tokens wants a single stage and a number of at least 1")
     if args.seed < 0 or args.micro_rows < 0:
         raise UserError("--seed and --micro-rows cannot be negative")
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError):
-        raise UserError(f"no device {args.device!r} on this computer: leave --device out, or say cpu") from None
     args.run = args.run or Path("runs") / (Path(args.config).stem if args.config else args.preset)
     if args.config:
         try:
@@ -780,14 +785,14 @@ def main():
     if RANK:
         wait_for_ranks()            # rank 0 makes tokens.pt, the others read it
     prepared = prepare_data(run, args.data, args.tokenizer, args.config.vocab_size)
-    if not RANK:
-        wait_for_ranks()
     stages = STAGES if everything else (args.stage,)
     if set(stages) & {"sft", "qat"} and not len(prepared["chat"]["lengths"]):
         if not finished:            # or the next attempt would not look into the folder again
             (run / "tokens.pt").unlink(missing_ok=True)
         raise UserError(f"{args.data or run / 'tokens.pt'} holds no conversations, which sft and qat learn from: add .jsonl "
                         'lines with "messages", or run only `train.py pretrain` and `train.py midtrain`')
+    if not RANK:
+        wait_for_ranks()
     for name in stages:
         if not (everything and name in finished):
             run_stage(name, run, args, prepared, device)
@@ -811,7 +816,7 @@ def main():
 def use_huge_pages():
     """Start this process again with glibc asked for 2 MB pages in place of 4 kB ones, which it can be told only at the start.
 
-    A step writes hundreds of buffers of megabytes; looking their pages up took 12 % of its time (AMD EPYC, virtual machine).
+    A step writes hundreds of buffers of megabytes and spends time on looking their pages up. (Costs an import of torch, 2 s.)
     """
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
