@@ -2,10 +2,8 @@
 
 In reading order: about 10 MB of text found on the reader's own disk (nothing is downloaded) and questions and answers about
 it for supervised fine-tuning (SFT), or a folder of the reader's own text (--data); 5 % of either held out; a byte-pair
-tokenizer, learned or loaded; token streams cut into windows, and conversations packed into rows; for text larger than memory,
-shards of tokens that are made once, on all cores, and then read from the disk.
-
-What it is not: a cleaner of data. Text for `tokenize` is taken as it comes; nobody looks for duplicates or leaks in it.
+tokenizer, learned or loaded; token streams cut into windows, conversations packed into rows; for text larger than memory,
+shards of tokens on the disk. What it is not: a cleaner. Nobody looks for duplicates or leaks in what `tokenize` is given.
 
     python data.py          # a table of the embedded corpus, how far xz compresses it, and a sample of everything
     python data.py tokenize web/*.jsonl.gz --domain prose --out shards      # once per domain; then train.py --data shards
@@ -25,30 +23,25 @@ import importlib.util
 import inspect
 import json
 import lzma
-import multiprocessing
 import os
 import random
 import re
-import signal
-import sys
 import sysconfig
-import threading
 import time
 import warnings
 import zlib
-from collections import Counter, defaultdict, deque, namedtuple
+from collections import Counter, defaultdict, namedtuple
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import chain, count
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
 import regex
 import tiktoken
 
-from mobilemoe import PRESETS, UserError, atomic_write, encode_chat, run_main, tokenizer_from_dict
+from mobilemoe import PRESETS, UserError, atomic_write, encode_chat, run_main
 
 # Domains stay apart to the last batch: stages mix them by weight as the paper does, broad first, then more code and maths.
 DOMAINS = ("prose", "code", "knowledge", "maths")
@@ -69,10 +62,7 @@ class Corpus:
 
 def held_out(text: str) -> bool:
     """True for 5 % of all texts. The text alone decides, so the answer is the same in every stage, run and file order.
-
-    A seeded random split would not do: one more file on the disk shifts every later draw, and a text held out in pre-training
-    turns up among the questions of fine-tuning. (Python's own hash() differs from process to process.)
-    """
+    After a seeded random split, a text held out in pre-training could turn up among the questions of fine-tuning."""
     return hashlib.sha256(text.encode()).digest()[0] < 13               # 13/256 = 5.1 %
 
 
@@ -83,10 +73,7 @@ words_of = re.compile(r"\w+").findall
 
 class LeakCheck:
     """Does a training text quote a held-out docstring, whatever the indentation, quotes or line breaks around it?
-
-    Removing exact duplicates is not enough: a one-line docstring is the first line of a longer one elsewhere, a class's is
-    pasted into its factory function's. Look up the first eight words of each, then compare all of them.
-    """
+    Many a docstring is the beginning of another one. Look up the first eight words of each, then compare all of them."""
     def __init__(self, docstrings: Iterable[str]):
         self.by_start = defaultdict(list)
         for words in map(words_of, docstrings):
@@ -108,8 +95,7 @@ Documented = namedtuple("Documented", "name module signature text")
 def signature_of(node: ast.AST, is_method: bool) -> str:
     """The arguments as source text, without annotations (longer than the names, and absent from most of the corpus)."""
     if isinstance(node, ast.ClassDef):                                  # a class is called like its __init__
-        inits = (child for child in node.body if isinstance(child, ast.FunctionDef) and child.name == "__init__")
-        return next((signature_of(init, True) for init in inits), "")
+        return next((signature_of(child, True) for child in node.body if getattr(child, "name", "") == "__init__"), "")
     for argument in ast.walk(node.args):
         if isinstance(argument, ast.arg):
             argument.annotation = None
@@ -184,10 +170,7 @@ def find_documented(tree: ast.Module, module: str, source: str) -> Iterator[Docu
 
 
 def without_docstrings(source: str, tree: ast.Module) -> str:
-    """The source with every string that stands alone as a statement cut out; comments and layout stay.
-
-    A held-out docstring must not come back through the code domain. (`ast.unparse` would lose the comments.)
-    """
+    """The source without strings that are statements, lest a held-out one come back as code. (`ast.unparse` loses comments.)"""
     lines = source.encode().splitlines(keepends=True)                   # ast counts columns in bytes of UTF-8
     for parent in ast.walk(tree):
         body = getattr(parent, "body", None)
@@ -305,8 +288,7 @@ def questions(documented: dict[str, Documented], problems: list[Problem], rng: r
     for text, thing in documented.items():
         if re.search(r"(^|\.)_", thing.name) or thing.name == thing.module:     # private, or a module
             continue
-        names = {"name": thing.name, "short": short[text]}
-        ask = {kind: rng.choice(phrasings).format(**names) for kind, phrasings in PHRASINGS.items()}
+        ask = {kind: rng.choice(choices).format(name=thing.name, short=short[text]) for kind, choices in PHRASINGS.items()}
         summary, call = " ".join(thing.text.split("\n\n")[0].split()), thing.name + thing.signature
         if re.fullmatch(r"[A-Z].{20,200}\.", summary):
             yield text, "summary", ask["summary"], summary, summary
@@ -320,8 +302,7 @@ def questions(documented: dict[str, Documented], problems: list[Problem], rng: r
         yield problem.question, "arithmetic", story, f"{problem.steps}. The answer is {problem.answer}.", problem.answer
 
 
-PROBLEM_DRAWS = 24_000      # before duplicates are removed
-EXAMPLES_PER_KIND = 2_000   # conversations for training, at most
+PROBLEM_DRAWS, EXAMPLES_PER_KIND = 24_000, 2_000        # before duplicates are removed; conversations for training, at most
 
 
 def embedded_corpus() -> Corpus:
@@ -369,13 +350,11 @@ def embedded_corpus() -> Corpus:
 # ----------------------------------------------------------------------------------------------------------------------
 # A folder of the reader's own text
 
-
 FORMATS = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
-LONGEST_LINE = 2 ** 26      # bytes of one .jsonl line; 64 times less in .txt, where a longer one is cut
 
 
 def read_records(path: Path) -> Iterator[tuple[str, dict, int]]:
-    """("line 7", the object there, bytes of the file read so far) for every line of .jsonl(.gz) or row of .parquet."""
+    """("line 7", the object there, bytes of the file read so far): lines of .jsonl(.gz), rows of .parquet, parts of .txt."""
     if path.suffix == ".parquet":
         try:
             from pyarrow import parquet
@@ -384,41 +363,30 @@ def read_records(path: Path) -> Iterator[tuple[str, dict, int]]:
         # A row group can be gigabytes: without a buffer size, pyarrow holds its whole column in memory.
         with parquet.ParquetFile(path, buffer_size=2 ** 20, pre_buffer=False) as file:
             columns = [name for name in ("text", "messages") if name in file.schema_arrow.names]
-            size, batches = path.stat().st_size, file.iter_batches(64, columns=columns, use_threads=False)
+            batches = file.iter_batches(64, columns=columns, use_threads=False)
             for row, record in enumerate((record for batch in batches for record in batch.to_pylist()), 1):
-                yield f"row {row}", record, size * row // file.metadata.num_rows
+                yield f"row {row}", record, path.stat().st_size * row // file.metadata.num_rows
         return
     with open(path, "rb") as file:
-        lines = gzip.open(file) if path.suffix == ".gz" else file
-        for number in count(1):
-            if not (line := lines.readline(LONGEST_LINE)):
-                return
-            try:
-                if line.strip():
-                    yield f"line {number}", json.loads(line.decode("utf-8-sig")), file.tell()
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}, line {number}: broken JSON ({error}); each line must be one object, of at most "
-                                f"{LONGEST_LINE >> 20} MB") from None
+        part = ""       # of a .txt, maybe a whole book: cut at blank lines, so that some of it can be held out
+        for number, line in enumerate(chain(gzip.open(file) if path.suffix == ".gz" else file, [b""]), 1):
+            if path.suffix == ".txt":
+                part += line.decode("utf-8-sig").replace("\r\n", "\n")
+                if not line or len(part) >= 4000 and part.endswith("\n\n") or len(part) > 2 ** 20:
+                    yield f"line {number}", {"text": part.strip("\n") + "\n"}, file.tell()
+                    part = ""
+            elif line.strip():
+                try:
+                    yield f"line {number}", json.loads(line), file.tell()
+                except (ValueError, RecursionError) as error:
+                    raise UserError(f"{path}, line {number}: broken JSON ({error}); each line must be one object") from None
 
 
 def read_documents(path: Path) -> Iterator[tuple[str, bool, int]]:
     """(text, False, bytes of the file read so far), or (a list of messages as JSON, True, bytes) for a conversation.
-
-    Never more than a document, or a 64th of LONGEST_LINE, in memory. Raises UserError with the file and the line.
-    """
-    place = "line 1"
+    Never more than a line and a document in memory. Raises UserError with the file and the line."""
+    place = "its beginning"
     try:
-        if path.suffix == ".txt":       # may be a whole book: cut at blank lines, so that some of it can be held out
-            with open(path, encoding="utf-8-sig") as file:
-                piece, size = [], 0
-                for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE // 64), ""), 1):
-                    piece.append(line)
-                    size, place = size + len(line), f"line {number}"
-                    if size >= 4000 and line == "\n" or size >= LONGEST_LINE // 64:
-                        yield "".join(piece).strip("\n") + "\n", False, file.buffer.tell()
-                        piece, size = [], 0
-                yield "".join(piece).strip("\n") + "\n", False, file.buffer.tell()
-            return
         for place, record, read in read_records(path):
             match record:
                 case {"text": str(text)}:
@@ -445,9 +413,7 @@ def conversation(text: str) -> dict:
 
 def folder_corpus(folder: str | Path) -> Corpus:
     """Every file of FORMATS below `folder`; its name or its folder's, if a domain's, tells the domain.
-
-    Raises UserError for a folder that is missing or holds too little, a file that cannot be read, a broken line.
-    """
+    Raises UserError for a folder that is missing or holds too little, a file that cannot be read, a broken line."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"no folder {folder}: --data wants one with {', '.join(FORMATS)} files")
@@ -496,10 +462,9 @@ def merge_pairs(parts: list[bytes], ranks: dict[bytes, int]) -> list[bytes]:
 def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[bytes, int]:
     """Learn byte-pair ranks: start from the 256 bytes and, again and again, make the most frequent pair a token.
 
-    vocab_size counts the special tokens: make_tokenizer(train_bpe(texts, V), name).n_vocab is V, or less if the text has
-    too few pairs. A pair is known by its joint bytes, not by its halves: "a" + "bc" and "ab" + "c" are one token to tiktoken,
-    whose files hold no merges. Three habits make it fast: count each distinct piece of text once, touch only the pieces that
-    hold the new token, let a heap find the most frequent pair.
+    vocab_size counts the special tokens; text with too few pairs gives less. A pair is known by its joint bytes: "a" + "bc"
+    and "ab" + "c" are one token to tiktoken, whose files hold no merges. Three habits make it fast: count each distinct piece
+    of text once, touch only the pieces that hold the new token, let a heap find the most frequent pair.
     """
     times = Counter(piece for text in texts for piece in regex.findall(LLAMA3_PATTERN, text))
     parts = {piece: [bytes([byte]) for byte in piece.encode()] for piece in times if len(piece) <= LONGEST_PIECE}
@@ -558,17 +523,13 @@ def tokenizer_to_dict(encoding: tiktoken.Encoding) -> dict:
 
 def load_tokenizer_file(path: str | Path) -> tiktoken.Encoding:
     """A Llama-3 tokenizer.model, or any tiktoken rank file (lines of: base64 bytes, space, rank). Raises UserError."""
-    path, ranks, number = Path(path), {}, 0
+    path = Path(path)
     try:
-        for line in path.read_bytes().splitlines():
-            number += 1
-            token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
-    except OSError as error:
-        raise UserError(f"cannot read the tokenizer {path}: {error.strerror}") from None
-    except ValueError:
-        raise UserError(f"{path}, line {number}: not a tiktoken rank file (base64 bytes, space, rank)") from None
-    if sorted(ranks.values()) != list(range(number)) or not all(bytes([byte]) in ranks for byte in range(256)):
+        lines = [line.split() for line in path.read_bytes().splitlines()]
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the tokenizer {path}: {error} (each line is base64 bytes, space, rank)") from None
+    if sorted(ranks.values()) != list(range(len(lines))) or not all(bytes([byte]) in ranks for byte in range(256)):
         raise UserError(f"{path} is not a whole tiktoken rank file: ranks from 0 up, each once, all 256 bytes included")
     return make_tokenizer(ranks, path.stem)
 
@@ -577,16 +538,10 @@ def load_tokenizer_file(path: str | Path) -> tiktoken.Encoding:
 # From tokens to batches
 
 
-def token_dtype(encoding: tiktoken.Encoding) -> type:
-    return np.uint16 if encoding.n_vocab <= 65536 else np.uint32
-
-
 def tokenize_documents(docs: Iterable[str], encoding: tiktoken.Encoding) -> np.ndarray:
     """One stream, <|begin_of_text|> before each document: [tokens], uint16 or, for more than 65,536 tokens, uint32.
-
-    A document that spells "<|eot_id|>" gets its characters, not the token: no text may forge the end of a turn.
-    """
-    dtype = token_dtype(encoding)
+    A document that spells "<|eot_id|>" gets its characters, not the token: no text may forge the end of a turn."""
+    dtype = np.uint16 if encoding.n_vocab <= 65536 else np.uint32
     begin = np.array([encoding.encode_single_token("<|begin_of_text|>")], dtype)
     stream = [begin[:0]]            # nothing, for no documents
     for doc in docs:
@@ -599,14 +554,11 @@ def tokenize_documents(docs: Iterable[str], encoding: tiktoken.Encoding) -> np.n
 
 def encode_example(encoding: tiktoken.Encoding, messages: list[dict]) -> tuple[list[int], list[int]]:
     """A conversation in Llama-3's chat format: (ids, loss_mask), 1 on the assistant's words and the <|eot_id|> after.
-
-    Trained on the questions too, the model would learn to ask them. The prompt is made by the function that makes it in use,
-    so that training and use cannot drift apart by a newline.
-    """
+    Trained on the questions too, the model would learn to ask them."""
     ids = encode_chat(encoding, messages, reply=False)
     mask = [0] * len(ids)
     for i, message in enumerate(messages):
-        if message["role"] == "assistant":
+        if message["role"] == "assistant":      # the prompt as in use: the two cannot drift apart by a newline
             start = len(encode_chat(encoding, messages[:i], reply=True))
             end = len(encode_chat(encoding, messages[:i + 1], reply=False))
             mask[start:end] = [1] * (end - start)
@@ -615,32 +567,15 @@ def encode_example(encoding: tiktoken.Encoding, messages: list[dict]) -> tuple[l
 
 @functools.lru_cache(maxsize=16)        # the batches of an epoch ask for the same order again and again
 def shuffled(n: int, *key: int) -> np.ndarray:
-    """0 ... n - 1 in an order that the key alone decides: (seed, epoch), say. Resuming a run needs no saved state."""
+    """0 ... n - 1 in an order that the key alone decides: (seed, epoch), say. Resuming a run needs no saved state.
+    For the windows of a stream, 8 bytes for each: 40 MB for 10^10 tokens in windows of 2,048."""
     return np.random.default_rng(key).permutation(n)
-
-
-LARGEST_SHUFFLE = 2 ** 20
-
-
-def spread(n: int, position: int, *key: int) -> int:
-    """Number `position` of 0 ... n - 1 in a random order; a part of all numbers at a time if n is huge.
-
-    The windows of 6T tokens in one order would take 24 GB. Every `parts`-th window, shuffled, then the next such part: no part
-    misses any region of the data, and still each window comes once.
-    """
-    parts = -(-n // LARGEST_SHUFFLE)
-    size, larger = divmod(n, parts)         # the first `larger` parts hold one more
-    part = max(position // (size + 1), (position - larger) // size)
-    inside = position - part * size - min(part, larger)
-    return int(shuffled(size + (part < larger), *key, *[part][:part])[inside]) * parts + part
 
 
 class Mixture:
     """Batches for pre- and mid-training. Row n of a run depends on (seed, n) alone.
-
     Each domain's stream is cut into windows of T + 1 tokens that overlap by one: every token but the very first is a target
-    exactly once per epoch. Windows come in a new order each epoch; a small domain with a large weight goes round more often.
-    """
+    exactly once per epoch. Windows come in a new order each epoch; a small domain with a large weight goes round more often."""
     CYCLE = 1000        # rows after which the plan of domains repeats, so weights are exact to a tenth of a percent
 
     def __init__(self, tokens: dict[str, np.ndarray], weights: dict[str, float], context: int, seed: int):
@@ -662,7 +597,7 @@ class Mixture:
             stream, before = self.tokens[domain], cycle * self.plan.count(domain) + self.plan[:row].count(domain)
             windows = -(-(len(stream) - 1) // self.context)
             epoch, position = divmod(before, windows)
-            start = spread(windows, position, self.seed, DOMAINS.index(domain), epoch) * self.context
+            start = int(shuffled(windows, self.seed, DOMAINS.index(domain), epoch)[position]) * self.context
             window = stream[start:start + self.context + 1]
             rows[b, :len(window)] = window
         targets = rows[:, 1:]
@@ -672,10 +607,9 @@ class Mixture:
 class Packed:
     """Batches for SFT and QAT: whole conversations side by side in rows of T + 1 tokens, none cut, each once per epoch.
 
-    Which conversations share a row is drawn once, the order of the rows anew for each epoch. (Packing anew would change the
-    number of rows, and batch n would then depend on every epoch before it.) A conversation can see those before it in its
-    row; its <|begin_of_text|> is what teaches the model to disregard them. One longer than a row is left out and counted in
-    `skipped`: cut, it would teach half an answer.
+    Which conversations share a row is drawn once (else the number of rows would change), their order anew for each epoch. One
+    can see those before it in its row; its <|begin_of_text|> is what teaches the model to disregard them. One longer than a row
+    is left out and counted in `skipped`: cut, it would teach half an answer.
     """
     OPEN_ROWS = 64      # rows still open to more: to try all of them would waste a little less, in quadratic time
 
@@ -713,24 +647,22 @@ def xz_bits_per_byte(texts: list[str]) -> float:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Data larger than memory: files -> shards of tokens on the disk -> streams that read only what a batch asks for
+# Data larger than memory: files -> tokens on the disk -> arrays that read only what a batch asks for
 #
-# A folder of shards has one tokenizer (RANKS), for each domain prose-00000.bin, ... (plain arrays) and prose.json, the index:
-# "inputs" [[file, bytes], ...]; "end" [file, document]: all before it is done; "shards": their lengths in tokens;
-# "bytes" of text and "read" of input so far; "heldout" {hash: text}. It is written after the shard that it counts.
+# A folder of shards has one tokenizer (RANKS) and, for each domain, prose.bin, a plain array of tokens, and prose.json, its
+# index: "inputs", the files; "end" [file, document]: all before it is done; "read", bytes of them; "tokens", how many;
+# "dtype"; "heldout" {hash: text}.
 
 RANKS = "mobilemoe.tiktoken"
-SHARD, CHUNK = 2 ** 25, 2 ** 19         # tokens in a shard, at least; characters that a worker gets at a time
+CHUNK, SAVE_SECONDS = 2 ** 19, 10       # characters that a thread gets at a time; the index is written every ten seconds
 HELDOUT = 200_000                       # characters held out per domain, at most: a run measures them again and again
 
 
 def read_chunks(paths: list[Path], index: dict, is_chat: bool) -> Iterator[tuple[list[str], dict]]:
-    """From where the index says: about CHUNK characters of training documents, and what the index is to say after them.
-
-    One document in 1000 is kept out, and the first, so that no domain is without. The hash decides, so a copy is kept out too;
-    of those kept out the ones of smallest hash are measured: a sample of all files, without knowing how many there are.
-    """
-    kept, total, docs, size, (first, done) = dict(index["heldout"]), index["bytes"], [], 0, index["end"]
+    """From where the index says: about CHUNK characters of training documents, and what is new in the index after them.
+    One document in 1000 is held out, and the first, so that no domain is without. The hash decides, so a copy is held out too;
+    those of smallest hash are measured: a sample of all files, without knowing how many there are."""
+    kept, docs, size, (first, done) = dict(index["heldout"]), [], 0, index["end"]
     before = sum(path.stat().st_size for path in paths[:first])
     for number, path in enumerate(paths[first:], first):
         for document, (text, chat, read) in enumerate(read_documents(path), 1):
@@ -738,8 +670,7 @@ def read_chunks(paths: list[Path], index: dict, is_chat: bool) -> Iterator[tuple
                 continue
             if chat != is_chat:
                 raise UserError(f"{path}, document {document}: conversations, and nothing else, belong to --domain chat")
-            raw = text.encode()
-            total, size, key = total + len(raw), size + len(text), hashlib.sha256(raw).hexdigest()[:16]
+            size, key = size + len(text), hashlib.sha256(text.encode()).hexdigest()[:16]
             if int(key, 16) < 2 ** 64 // 1000 or key in kept or not kept:
                 kept[key] = text if chat else text[:HELDOUT // 4]
                 while sum(map(len, kept.values())) > HELDOUT and len(kept) > 1:
@@ -747,176 +678,118 @@ def read_chunks(paths: list[Path], index: dict, is_chat: bool) -> Iterator[tuple
             else:
                 docs.append(text)
             if size >= CHUNK:
-                yield docs, {"end": [number, document], "bytes": total, "read": before + read, "heldout": dict(kept)}
+                yield docs, {"end": [number, document], "read": before + read, "heldout": dict(kept)}
                 docs, size = [], 0
         before += path.stat().st_size
-    yield docs, {"end": [len(paths), 0], "bytes": total, "read": before, "heldout": kept}
+    yield docs, {"end": [len(paths), 0], "read": before, "heldout": kept}
 
 
-def start_worker(tokenizer: dict):
-    global worker_encoding
-    worker_encoding = tokenizer_from_dict(tokenizer)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C reaches the whole group; the parent ends its workers
-    # A parent that is killed ends nobody: without this, its workers would wait for ever.
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
-
-
-def encode_chunk(docs: list[str], is_chat: bool) -> np.ndarray:
+def encode_chunk(docs: list[str], encoding: tiktoken.Encoding, is_chat: bool) -> np.ndarray:
     """One stream of tokens. In conversations bit 31 of a token is its loss mask: one file, and nothing to fall out of step."""
     if not is_chat:
-        return tokenize_documents(docs, worker_encoding)
-    pairs = [encode_example(worker_encoding, json.loads(doc)) for doc in docs]
+        return tokenize_documents(docs, encoding)
+    pairs = [encode_example(encoding, json.loads(doc)) for doc in docs]
     return np.array([i | m << 31 for ids, mask in pairs for i, m in zip(ids, mask)], np.uint32)
-
-
-def encode_in_order(pool: ProcessPoolExecutor, chunks: Iterable, is_chat: bool, ahead: int) -> Iterator[tuple]:
-    """(tokens, state) of the chunks, as the files have them; at most `ahead` wait (pool.map would read all files at once)."""
-    waiting = deque()
-    for docs, state in chunks:
-        waiting.append((pool.submit(encode_chunk, docs, is_chat), state))
-        if len(waiting) > ahead:
-            future, state = waiting.popleft()
-            yield future.result(), state
-    yield from ((future.result(), state) for future, state in waiting)
 
 
 def folder_tokenizer(out: Path, file: str | None) -> tiktoken.Encoding:
     """The tokenizer of a folder of shards. At first: the file's, or that of the default run, learned from the corpus."""
-    if not (out / RANKS).is_file():
-        if not file:
-            print("tokenizer: learning that of the default training run from the embedded corpus", flush=True)
-        encoding = load_tokenizer_file(file) if file else learn_tokenizer(embedded_corpus(), PRESETS["tiny"].vocab_size)
-        with atomic_write(out / RANKS) as ranks:
-            ranks.write(tokenizer_to_dict(encoding)["ranks"].encode())
-    elif file and load_tokenizer_file(file)._mergeable_ranks != load_tokenizer_file(out / RANKS)._mergeable_ranks:
-        raise UserError(f"{out} was made with another tokenizer than {file}: leave it out, or choose another --out")
-    return load_tokenizer_file(out / RANKS)
+    given, kept = load_tokenizer_file(file) if file else None, out / RANKS
+    if kept.is_file():
+        encoding = load_tokenizer_file(kept)
+        if given and given._mergeable_ranks != encoding._mergeable_ranks:
+            raise UserError(f"{out} was made with another tokenizer than {file}: leave it out, or choose another --out")
+        return encoding
+    if not given:
+        print("tokenizer: learning that of the default training run from the embedded corpus", flush=True)
+        given = learn_tokenizer(embedded_corpus(), PRESETS["tiny"].vocab_size)
+    with atomic_write(kept) as ranks:
+        ranks.write(tokenizer_to_dict(given)["ranks"].encode())
+    return given
 
 
-def tokenize_files(files: list[str], domain: str, out: str | Path, tokenizer: str | None = None, workers: int | None = None):
-    """Files of FORMATS -> shards of one domain in the folder `out`, byte for byte the same whatever the number of workers.
+def read_domain(path: Path) -> tuple[dict, np.ndarray]:
+    """(index, its tokens, mapped into memory, not read). A killed writer leaves more of them than it counted, not fewer."""
+    try:
+        index = json.loads(path.read_bytes())
+        if not index["tokens"]:         # an empty file cannot be mapped
+            return index, np.zeros(0, index["dtype"])
+        return index, np.memmap(path.with_suffix(".bin"), index["dtype"], "r", shape=index["tokens"])
+    except (ValueError, FileNotFoundError):
+        raise UserError(f"{path} or its .bin is damaged: delete both, and tokenize this domain again") from None
 
-    Called again after an interruption, it goes on after the last whole shard. Raises UserError for what it cannot read.
-    """
-    paths, out, workers = [Path(file) for file in files], Path(out), workers or os.cpu_count()
-    domain = {"web": "prose"}.get(domain, domain)       # the paper's name for it
+
+def tokenize_files(files: list[str], domain: str, out: str | Path, tokenizer: str | None = None, workers: int = os.cpu_count()):
+    """Files of FORMATS -> tokens of one domain in the folder `out`, byte for byte the same whatever the number of workers.
+    Called again after an interruption, it goes on from what was last saved. Raises UserError for what it cannot read."""
+    paths, out, domain = [Path(file) for file in files], Path(out), "prose" if domain == "web" else domain  # the paper's "web"
     if domain not in (*DOMAINS, "chat"):
         raise UserError(f"unknown domain {domain!r}: choose {', '.join(DOMAINS)}, or chat for conversations")
     for path in paths:
         if not path.name.endswith(FORMATS) or not path.is_file():
             raise UserError(f"{path} is not a file of {', '.join(FORMATS)}")
     out.mkdir(parents=True, exist_ok=True)
-    entry, index_file = tokenizer_to_dict(folder_tokenizer(out, tokenizer)), out / f"{domain}.json"
-    inputs = [[str(path), path.stat().st_size] for path in paths]
-    index = {"inputs": inputs, "end": [0, 0], "shards": [], "bytes": 0, "read": 0, "heldout": {}}
+    encoding, is_chat, index_file = folder_tokenizer(out, tokenizer), domain == "chat", out / f"{domain}.json"
+    dtype = encode_chunk([], encoding, is_chat).dtype
+    index = {"inputs": [str(path) for path in paths], "end": [0, 0], "read": 0, "tokens": 0, "dtype": dtype.name, "heldout": {}}
     if index_file.is_file():
-        index = read_index(index_file)
-        done, names = index["end"][0], [name for name, _ in index["inputs"]]
-        # Of the file it stopped in, and those after, only the name must be the same: a broken line may have been mended.
-        if inputs[:done] != index["inputs"][:done] or [name for name, _ in inputs] != names:
+        inputs, (index, _) = index["inputs"], read_domain(index_file)
+        if inputs != index["inputs"]:
             raise UserError(f"{index_file} was begun with other files: give the same again, or choose another --out")
-        if done == len(inputs):
-            return print(f"{domain}: finished before, {sum(index['shards']):,} tokens in {out}")
-    for leftover in out.glob(f".{domain}*.part"):       # a file whose writing was killed
+        if index["end"][0] == len(paths):
+            return print(f"{domain}: finished before, {index['tokens']:,} tokens in {out}")
+
+    chunks, total, first = read_chunks(paths, index, is_chat), sum(path.stat().st_size for path in paths), index["read"]
+    began, saved = time.time(), 0.0         # 0: the first save is at once, so that nobody trains on less than all by mistake
+    for leftover in out.glob(f".{domain}*.part"):       # an index whose writing was killed
         leftover.unlink()
-
-    progress = Progress(index, sum(size for _, size in inputs))
-    pool = ProcessPoolExecutor(workers, initializer=start_worker, initargs=(entry,))
-    try:
-        results = encode_in_order(pool, read_chunks(paths, index, domain == "chat"), domain == "chat", 2 * workers)
-        for result in results:              # one turn per shard
-            tokens = 0
-            with atomic_write(out / f"{domain}-{len(index['shards']):05d}.bin") as file:
-                for ids, state in chain([result], results):
-                    file.write(ids)
-                    tokens += len(ids)
-                    progress.show(domain, state, sum(index["shards"]) + tokens, last=state["end"][0] == len(paths))
-                    if tokens >= SHARD:
-                        break
-            index |= {"inputs": inputs, "shards": [*index["shards"], tokens], **state}
-            with atomic_write(index_file) as file:
-                file.write(json.dumps(index).encode())
-    except BrokenProcessPool:
-        raise UserError("a worker was killed (out of memory?): the same command goes on after the last whole shard") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-class Progress:
-    """A live line on a terminal, a line every ten seconds elsewhere."""
-
-    def __init__(self, index: dict, size: int):
-        self.size, self.first = size, dict(index)
-        self.began = self.shown = time.time()
-
-    def show(self, domain: str, state: dict, tokens: int, last: bool):
-        now, live = time.time(), sys.stdout.isatty()
-        if last or now - self.shown > (1 if live else 10):
-            self.shown, seconds = now, now - self.began
-            left = int((self.size - state["read"]) * seconds / max(1, state["read"] - self.first["read"]))
-            print("\r" * live + f"{domain}: {state['bytes'] / 1e6:,.1f} MB of text, {tokens:,} tokens | "
-                  f"{(state['bytes'] - self.first['bytes']) / 1e6 / seconds:.1f} MB/s | {left // 60}:{left % 60:02d} left ",
-                  end="\n" if last or not live else "", flush=True)
+    # A few chunks for each thread at a time. Threads will do: tiktoken lets go of Python's lock while it works.
+    group = list(islice(chunks, 4 * workers))           # before any file is opened: it may be refused
+    with open(index_file.with_suffix(".bin"), "ab") as file, ThreadPoolExecutor(workers) as pool:
+        file.truncate(index["tokens"] * dtype.itemsize)         # what follows was written, but not yet counted
+        while group:
+            for ids in pool.map(lambda chunk: encode_chunk(chunk[0], encoding, is_chat), group):
+                file.write(ids)
+                index["tokens"] += len(ids)
+            index |= group[-1][1]
+            now, read = time.time(), index["read"]
+            if now - saved > SAVE_SECONDS or index["end"][0] == len(paths):
+                file.flush()
+                os.fsync(file.fileno())         # else the index could be on the disk before the tokens it counts
+                with atomic_write(index_file) as index_part:
+                    index_part.write(json.dumps(index).encode())
+                speed, saved = max(1, read - first) / (now - began), now
+                minutes, seconds = divmod(int((total - read) / speed), 60)
+                print(f"{domain}: {read / 1e6:,.1f} of {total / 1e6:,.1f} MB, {index['tokens']:,} tokens | "
+                      f"{speed / 1e6:.1f} MB/s | {minutes}:{seconds:02d} left", flush=True)
+            group = list(islice(chunks, 4 * workers))
 
 
-def read_index(path: Path) -> dict:
-    try:
-        return json.loads(path.read_bytes())
-    except ValueError:
-        raise UserError(f"{path} is damaged: delete the files of this domain and tokenize it again") from None
-
-
-class Shards:
-    """Shards as one array: len(stream), and stream[a:b], which reads from the disk what it returns and no more."""
-
-    def __init__(self, parts: list[np.ndarray]):
-        self.parts, self.ends = parts, np.cumsum([len(part) for part in parts])
-
-    def __len__(self) -> int:
-        return int(self.ends[-1])
-
-    def __getitem__(self, window: slice) -> np.ndarray:
-        """[tokens of the window]: of one shard nearly always, of two or more at their borders."""
-        start, stop, _ = window.indices(len(self))
-        first, last = np.searchsorted(self.ends, [start, stop - 1], "right")
-        begins = [int(end) - len(part) for end, part in zip(self.ends[first:last + 1], self.parts[first:last + 1])]
-        windows = [part[max(0, start - begin):stop - begin] for begin, part in zip(begins, self.parts[first:])]
-        return np.concatenate([self.parts[0][:0], *windows])
-
-
-def shard_streams(folder: str | Path) -> dict[str, Shards]:
-    """The streams in a folder of shards by domain ("chat" included), mapped into memory, not read. Raises UserError."""
-    folder, streams = Path(folder), {}
-    dtype = token_dtype(load_tokenizer_file(folder / RANKS))
-    for path in (folder / f"{domain}.json" for domain in (*DOMAINS, "chat")):
+def shard_streams(folder: str | Path) -> dict[str, np.ndarray]:
+    """The tokens in a folder of shards by domain ("chat" included), mapped into memory, not read. Raises UserError."""
+    streams = {}
+    for path in (Path(folder, f"{domain}.json") for domain in (*DOMAINS, "chat")):
         if path.is_file():
-            index, kind, parts = read_index(path), np.dtype(np.uint32 if path.stem == "chat" else dtype), []
+            index, streams[path.stem] = read_domain(path)
             if index["end"][0] < len(index["inputs"]):
                 raise UserError(f"{path.stem} in {folder} is unfinished: give the same `python data.py tokenize ...` again")
-            for i, tokens in enumerate(index["shards"]):
-                shard = folder / f"{path.stem}-{i:05d}.bin"
-                if not shard.is_file() or shard.stat().st_size != tokens * kind.itemsize:
-                    raise UserError(f"{shard} is missing or damaged: delete the files of this domain and tokenize it again")
-                parts += [np.memmap(shard, kind, "r")] if tokens else []         # an empty file cannot be mapped
-            streams[path.stem] = Shards(parts or [np.zeros(0, kind)])
     return streams
 
 
 def is_sharded(folder: str | Path) -> bool:
-    return (Path(folder) / RANKS).is_file()
+    return Path(folder, RANKS).is_file()
 
 
 def open_shards(folder: str | Path) -> dict:
     """What training needs to know, under the names of train.py's tokens.pt, as arrays; "train" are streams on the disk.
 
-    {"tokenizer", "train": {domain: Shards}, "heldout": {domain: {"ids" int32, "bytes"}}, "xz": {domain: bits per byte},
+    {"tokenizer", "train": {domain: tokens}, "heldout": {domain: {"ids" int32, "bytes"}}, "xz": {domain: bits per byte},
     "chat": {"ids" int32, "mask" bool, "lengths" int64}, "sft_heldout": conversations as in Corpus}
     Conversations are read into memory: packing them into rows has to see them all.
     """
-    folder, streams, encoding = Path(folder), shard_streams(folder), load_tokenizer_file(Path(folder, RANKS))
-    texts = {domain: list(read_index(folder / f"{domain}.json")["heldout"].values()) for domain in streams}
-    asked = [conversation(text) for text in texts.pop("chat", ())]
-    chat = streams.pop("chat")[:] if asked else np.zeros(0, np.uint32)
+    streams, encoding = shard_streams(folder), load_tokenizer_file(Path(folder, RANKS))
+    texts = {domain: list(read_domain(Path(folder, f"{domain}.json"))[0]["heldout"].values()) for domain in streams}
+    chat, asked = streams.pop("chat", np.zeros(0, np.uint32)), [conversation(text) for text in texts.pop("chat", ())]
     ids = (chat & 0x7FFFFFFF).astype(np.int32)
     starts = np.flatnonzero(ids == encoding.encode_single_token("<|begin_of_text|>"))      # no text can forge one
     heldout = {domain: {"ids": tokenize_documents(held, encoding).astype(np.int32), "bytes": sum(len(t.encode()) for t in held)}
@@ -924,11 +797,18 @@ def open_shards(folder: str | Path) -> dict:
     return {"tokenizer": tokenizer_to_dict(encoding), "train": streams, "heldout": heldout,
             "xz": {domain: xz_bits_per_byte(texts[domain]) for domain in heldout}, "sft_heldout": asked,
             "chat": {"ids": ids, "mask": chat >> 31 == 1, "lengths": np.diff(starts, append=len(ids))}}
-# ----------------------------------------------------------------------------------------------------------------------
 
 
-def describe() -> None:
-    """The table and the samples that `python data.py` prints."""
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    command = parser.add_subparsers(dest="command").add_parser("tokenize", help="files -> shards of tokens for train.py --data")
+    command.add_argument("files", nargs="+", help=", ".join(FORMATS))
+    command.add_argument("--domain", required=True, help=f"one of {', '.join(DOMAINS)} (or web: prose); chat for conversations")
+    command.add_argument("--out", required=True, metavar="FOLDER", help="one for all domains; interrupted, say the same again")
+    command.add_argument("--tokenizer", metavar="FILE", help="a tiktoken rank file; by default that of the default run")
+    args = parser.parse_args()
+    if args.command:
+        return tokenize_files(args.files, args.domain, args.out, args.tokenizer)
     corpus = embedded_corpus()
     print(f"{'domain':<10}{'documents':>10}{'MB':>7}{'held out':>10}{'MB':>7}{'xz bits/byte':>14}")
     for domain in DOMAINS:
@@ -942,21 +822,6 @@ def describe() -> None:
         print(f"\n--- {domain} ---\n{random.Random(1).choice(corpus.heldout[domain])[:500]}")
     for kind, pair in {pair["kind"]: pair for pair in corpus.sft_heldout}.items():
         print(f"\n--- {kind} ---", *(f"{m['role']}: {m['content']}" for m in pair["messages"]), sep="\n")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    command = parser.add_subparsers(dest="command").add_parser("tokenize", help="files -> shards of tokens for train.py --data")
-    command.add_argument("files", nargs="+", help=", ".join(FORMATS))
-    command.add_argument("--domain", required=True, help=f"one of {', '.join(DOMAINS)} (or web: prose); chat for conversations")
-    command.add_argument("--out", required=True, metavar="FOLDER", help="one for all domains; interrupted, say the same again")
-    command.add_argument("--tokenizer", metavar="FILE", help="a tiktoken rank file, such as Llama-3's tokenizer.model; "
-                         "by default that of the default training run, learned from the embedded corpus")
-    args = parser.parse_args()
-    if args.command:
-        tokenize_files(args.files, args.domain, args.out, args.tokenizer)
-    else:
-        describe()
 
 
 if __name__ == "__main__":

@@ -203,14 +203,15 @@ def quiz_sequences(items: list[Item], encoding, chat: bool) -> list[tuple[list[i
 def quiz_points(items: list[Item], scores: list[float]) -> dict[str, np.ndarray]:
     """From the log-likelihoods of quiz_sequences: the choices' points [items, 4] in two ways; the most points win.
 
-    quiz            log P(choice | name) - log P(choice), GPT-3's way with ARC (Brown et al. 2020). A short, common sentence is
-                    likely whatever is asked; only the difference tells what the *name* has to do with it.
-    quiz per byte   log P(choice | name) over the choice's length, HellaSwag's way, which leaves "common" in.
+    quiz        log P(choice | name) over the choice's length in bytes: HellaSwag's way. A short, common sentence is likely
+                whatever is asked, and wins too often.
+    name gain   log P(choice | name) - log P(choice): GPT-3's way with ARC (Brown et al. 2020). Only the difference tells what
+                the *name* has to do with the choice; as a difference of two long sums it also doubles the noise of rounding.
     """
     given, choices = np.array(scores[:4 * len(items)]).reshape(-1, 4), [choice for item in items for choice in item.choices]
     nameless = dict(zip(dict.fromkeys(choices), scores[4 * len(items):]))
-    return {"quiz": given - np.reshape([nameless[choice] for choice in choices], (-1, 4)),
-            "quiz per byte": given / np.reshape([len(choice.encode()) for choice in choices], (-1, 4))}
+    return {"quiz": given / np.reshape([len(choice.encode()) for choice in choices], (-1, 4)),
+            "name gain": given - np.reshape([nameless[choice] for choice in choices], (-1, 4))}
 
 
 class Score(NamedTuple):

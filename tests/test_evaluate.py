@@ -146,8 +146,8 @@ def test_quiz_points_are_the_gain_from_the_name_and_the_likelihood_per_byte():
     item = evaluate.Item("f\n\n", "What does `f` do?", ["ab", "a" * 10, "b" * 20, "c" * 40], "a" * 10)
     #         given the name: -2, -12, -30, -36      without: -1, -20, -31, -38
     points = evaluate.quiz_points([item], [-2.0, -12.0, -30.0, -36.0, -1.0, -20.0, -31.0, -38.0])
-    assert points["quiz"].tolist() == [[-1, 8, 1, 2]] and evaluate.quiz_score([item], points["quiz"]).mean == 1
-    assert points["quiz per byte"][0] == pytest.approx([-1, -1.2, -1.5, -0.9])
+    assert points["name gain"].tolist() == [[-1, 8, 1, 2]] and evaluate.quiz_score([item], points["name gain"]).mean == 1
+    assert points["quiz"][0] == pytest.approx([-1, -1.2, -1.5, -0.9])
 
 
 def test_quiz_sequences_begin_each_choice_where_the_prompt_ends(sft):
