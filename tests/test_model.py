@@ -179,6 +179,16 @@ def test_expert_layer_is_the_naive_loop_in_values_and_gradients(lively, config, 
         torch.testing.assert_close(grad, want_grads[name], rtol=1e-4, atol=2e-5 * scale)
 
 
+@pytest.mark.parametrize("capacity_factor", [None, 1.5], ids=["dropless", "capacity 1.5"])
+def test_every_expert_may_be_busy_with_every_token(lively, capacity_factor):
+    """As many active experts as there are: the buffer must have room for N rows of each, in whole blocks."""
+    everyone = dataclasses.replace(TEST, n_experts=1, granularity=4)
+    moe, x = lively(everyone).model.layers[0].feed_forward, torch.randn(100, TEST.d_model)
+    assert everyone.active_routed == everyone.n_routed
+    y, routing = moe(x[None], capacity_factor)
+    assert torch.allclose(y[0], naive_moe(moe, x, None)[0], atol=1e-5) and routing.dropped == 0
+
+
 def test_dropless_loses_nothing_even_if_all_tokens_want_the_same_expert(lively):
     moe = lively().model.layers[0].feed_forward
     x = torch.randn(1, 1, TEST.d_model).expand(1, 200, -1)                                 # 200 times the same token
