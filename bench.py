@@ -1,7 +1,7 @@
 """How fast it trains, against everything else one could have written.
 
     python bench.py                                 d 256, 6 layers, 60 experts top-4 + shared, 8 x 512 tokens
-    python bench.py --preset S --batch 1 --device cuda --json s.json
+    python bench.py --preset S --batch 1 --device cuda
 
 A training step is forward, loss, backward, clipping and optimizer, in BF16 where the hardware multiplies that faster than FP32.
 Everybody gets the same weights, the same tokens and the same fused AdamW; one row more shows this model with the optimizers
@@ -22,7 +22,6 @@ import copy
 import dataclasses
 import functools
 import importlib.util
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -32,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mobilemoe import PRESETS, Config, Experts, LinearCrossEntropy, MobileMoE, UserError, atomic_write, generate, run_main
+from mobilemoe import PRESETS, Config, Experts, LinearCrossEntropy, MobileMoE, UserError, generate, run_main
 from quantize import attach
 from train import TINY, matmul_dtype, optimizers, train_step
 
@@ -195,8 +194,8 @@ def losses(config: Config, n: int, device: torch.device) -> dict[str, Callable[[
                 x, weight.to(dtype), targets, options=nn.LinearCrossEntropyOptions()))}            # in chunks, as ours
 
 
-def report(seconds: dict[str, list[float]], tokens: dict[str, int], glm: str | None) -> dict:
-    """Print the table and the targets. -> {"tokens_per_s": {row: median}, "ratios": {target: ratio}}"""
+def report(seconds: dict[str, list[float]], tokens: dict[str, int], glm: str | None):
+    """Print the table and the targets."""
     speeds = {name: [tokens[name] / s for s in seconds[name]] for name in tokens}
     print(f"\n{'':42}{'tokens/s':>10}  {'slowest … fastest':>19}  drop-and-pad is")
     for name, speed in speeds.items():
@@ -211,7 +210,6 @@ def report(seconds: dict[str, list[float]], tokens: dict[str, int], glm: str | N
         side, aim = AIMS[name]
         met = value >= aim if side == "at least" else value <= aim
         print(f"{name:42}{value:10.2f}  aim: {side} {aim}{'' if met else '  MISSED'}")
-    return {"tokens_per_s": {name: statistics.median(speed) for name, speed in speeds.items()}, "ratios": ratios}
 
 
 def main():
@@ -222,7 +220,6 @@ def main():
     parser.add_argument("--context", type=int, default=512, help="tokens of a row (%(default)s)")
     parser.add_argument("--rounds", type=int, default=7, help="timed steps of each contender (%(default)s)")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="(%(default)s)")
-    parser.add_argument("--json", help="write the figures to this file as well")
     args = parser.parse_args()
     if min(args.batch, args.rounds) < 1 or args.context < NEW_TOKENS:
         raise UserError(f"--batch and --rounds must be at least 1, --context {NEW_TOKENS}")
@@ -251,15 +248,9 @@ def main():
     extras = {"generate()": lambda: generate(talker, prompt, NEW_TOKENS, temperature=0)} | losses(config, x.numel(), device)
     seconds = interleave(steps | extras, args.rounds, device)
 
-    result = report(seconds, dict.fromkeys(steps, x.numel()) | {"generate()": NEW_TOKENS}, glm and glm[0])
-    result["loss_ms"] = {name: 1e3 * statistics.median(seconds[name]) for name in list(extras)[1:]}
+    report(seconds, dict.fromkeys(steps, x.numel()) | {"generate()": NEW_TOKENS}, glm and glm[0])
     print(f"\nloss and its gradients, N {x.numel()}, V {config.vocab_size}: "
-          + ", ".join(f"{name} {ms:.0f} ms" for name, ms in result["loss_ms"].items()))
-    if args.json:
-        setting = {"config": dataclasses.asdict(config), "batch": args.batch, "context": args.context, "rounds": args.rounds,
-                   "device": str(device), "threads": torch.get_num_threads(), "torch": torch.__version__}
-        with atomic_write(args.json) as file:
-            file.write(json.dumps(setting | result, indent=1).encode())
+          + ", ".join(f"{name} {1e3 * statistics.median(seconds[name]):.0f} ms" for name in list(extras)[1:]))
 
 
 if __name__ == "__main__":

@@ -381,8 +381,8 @@ class Experts(nn.Module):
     row of one buffer in which each expert's rows lie together; then a single call multiplies every group of rows by its own
     expert's matrix. Two layouts of that buffer, as in the paper:
 
-      drop-and-pad (pre-/mid-training)   every expert owns `capacity` rows: one batched matmul of fixed shape, the fastest
-                                         there is; routes beyond the capacity are dropped (the residual carries the token on)
+      drop-and-pad (pre-/mid-training)   every expert owns `capacity` rows: one batched matmul of fixed shape; routes beyond
+                                         the capacity are dropped (the residual carries the token on)
       dropless (SFT, QAT, inference)     every expert owns as many rows as it has routes: a grouped matmul; nothing is lost
     """
 

@@ -160,15 +160,17 @@ def plan(budget: Budget) -> tuple[Config, str]:
               "   N_act" + "".join(f"{f'E={E}':>9}" for E in FITTED_EXPERTS)]
     for N in (0.3, 0.5, 0.9):
         lines.append(f"    {N:.1f}B" + "".join(f"{law(N, billions, E):>9.4f}" for E in FITTED_EXPERTS))
-    lines += [f"At 0.3B and 500B tokens E = 8 is {law(0.3, 500, 8) - law(0.3, 500, 4):.4f} above E = 4, the least: a flat "
-              "valley. Pushed to 6T tokens,\n12 times what was fitted, the least moves to E = 2 (extrapolated).",
+    least, pushed = (min(FITTED_EXPERTS, key=lambda E: law(0.3, tokens, E)) for tokens in (500, 6000))
+    lines += [f"At 0.3B and 500B tokens E = {least} has the least, E = 8 {law(0.3, 500, 8) - law(0.3, 500, least):.4f} more: "
+              f"a flat valley.\nPushed to 6T tokens, 12 times what was fitted, it is E = {pushed} (extrapolated).",
               "", "Loss over E at fixed memory, the best shape for each E within the budget:"]
     for E in FITTED_EXPERTS:
         if of_E := [shape for shape in shapes if shape.n_experts == E]:
             shape = min(of_E, key=budget.loss)
             lines.append(f"{budget.loss(shape):>9.4f}   {describe(shape)}")
-    lines += ["Memory alone asks for fewer experts around a larger active part, which is work for every token.",
-              "More of them pay off where that work is limited too (--inference-gflops).",
+    idle = within(every, Budget(budget.memory, budget.context, budget.tokens))      # nothing but memory is scarce
+    idle = min([shape for shape in idle if in_fitted_range(shape)] or idle, key=budget.loss)
+    lines += [f"Without limits on FLOPs the same memory would take {describe(idle)}: {budget.loss(idle):.4f}.",
               "", f"The released shapes at {billions:g}B tokens, against the best with no more memory and FLOPs per token:"]
     for name in "SML":
         shape = PRESETS[name]

@@ -128,9 +128,10 @@ def prepare_data(run: Path, folder: str | None, tokenizer_file: str | None, voca
     if folder and data.is_sharded(folder):
         if tokenizer_file:
             raise UserError(f"{folder} holds tokens already, made with its own tokenizer: leave --tokenizer out")
-        prepared = {"source": source, "shards": str(folder), **prepare_shards(folder, vocab_size)}
+        prepared = {"source": source, "shards": str(folder), **prepare_shards(folder)}
     else:
         prepared = {"source": source, "shards": "", **prepare_text(folder, tokenizer_file, vocab_size)}
+    require_room(prepared, vocab_size)
     unseen = {example["kind"]: example["messages"] for example in reversed(json.loads(prepared["sft_heldout"]))}
     prepared["questions"] = [messages[0]["content"] for messages in unseen.values() if messages[0]["role"] == "user"]
     run.mkdir(parents=True, exist_ok=True)      # not before the data has turned out to be good
@@ -153,7 +154,6 @@ def prepare_text(folder: str | None, tokenizer_file: str | None, vocab_size: int
     else:
         print(f"data: learning {vocab_size:,} tokens by byte-pair encoding", flush=True)
         encoding = data.learn_tokenizer(corpus, vocab_size)
-    require_room(encoding.n_vocab, vocab_size)
     prepared = {"tokenizer": data.tokenizer_to_dict(encoding), "train": {}, "heldout": {}, "xz": {}}
     for domain in data.DOMAINS:
         prepared["train"][domain] = torch.from_numpy(data.tokenize_documents(corpus.train[domain], encoding))
@@ -171,18 +171,16 @@ def prepare_text(folder: str | None, tokenizer_file: str | None, vocab_size: int
     return prepared | {"sft_heldout": json.dumps(corpus.sft_heldout)}
 
 
-def prepare_shards(folder: str, vocab_size: int) -> dict:
+def prepare_shards(folder: str) -> dict:
     """From `python data.py tokenize`: training text stays on the disk, all else is as small as from text."""
     found = data.open_shards(folder)
-    require_room(tokenizer_from_dict(found["tokenizer"]).n_vocab, vocab_size)
     heldout = {domain: held | {"ids": torch.from_numpy(held["ids"])} for domain, held in found["heldout"].items()}
-    return {"tokenizer": found["tokenizer"], "train": {}, "heldout": heldout, "xz": found["xz"],
-            "chat": {key: torch.from_numpy(array) for key, array in found["chat"].items()},
-            "sft_heldout": json.dumps(found["sft_heldout"])}
+    chat = {key: torch.from_numpy(array) for key, array in found["chat"].items()}
+    return found | {"train": {}, "heldout": heldout, "chat": chat, "sft_heldout": json.dumps(found["sft_heldout"])}
 
 
-def require_room(tokens: int, vocab_size: int):
-    if tokens > vocab_size:
+def require_room(prepared: dict, vocab_size: int):
+    if (tokens := tokenizer_from_dict(prepared["tokenizer"]).n_vocab) > vocab_size:
         raise UserError(f"the tokenizer has {tokens:,} tokens, the model's vocabulary only {vocab_size:,}")
 
 
@@ -603,7 +601,7 @@ def run_stage(name: str, run: Path, args, prepared: dict, device: torch.device) 
             raise UserError(f"{run / 'tokens.pt'} has another tokenizer than {STAGES[position - 1]}.pt: start another --run")
         model, history = model_from_checkpoint(before), before["history"]
     else:
-        require_room(encoding.n_vocab, args.config.vocab_size)
+        require_room(prepared, args.config.vocab_size)      # tokens.pt may be older than the choice of a preset
         model, history = MobileMoE(args.config), []
     model.to(device)
     config, stage = model.config, stages_for(model.config)[name]
@@ -816,7 +814,7 @@ def main():
 def use_huge_pages():
     """Start this process again with glibc asked for 2 MB pages in place of 4 kB ones, which it can be told only at the start.
 
-    A step writes hundreds of buffers of megabytes and spends time on looking their pages up. (Costs an import of torch, 2 s.)
+    A step writes hundreds of buffers of megabytes and spends time on looking their pages up. (Price: torch is imported twice.)
     """
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
