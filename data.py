@@ -21,6 +21,7 @@ import hashlib
 import heapq
 import importlib.util
 import inspect
+import itertools
 import json
 import lzma
 import os
@@ -234,43 +235,32 @@ def language_reference() -> list[str]:
 # ----------------------------------------------------------------------------------------------------------------------
 # Maths with worked steps, and questions and answers. Every answer is read off the source or computed; none is invented
 
-# ("+", 47, 38, "47 + 38", "47 + 30 = 77, 77 + 8 = 85", "85"); the operation is one of + - * / or, for an equation, =
-Problem = namedtuple("Problem", "operation a b question steps answer")
+# ("+-", 14, 5, 7, "14 + 5 - 7", "14 + 5 = 19, 19 - 7 = 12", "12"); operations is "++", "+-", "-+" or "--"
+Problem = namedtuple("Problem", "operations a b c question steps answer")
 
 
-def make_problem(rng: random.Random) -> Problem:
-    """One problem in steps small enough to know by heart: a model this small cannot carry a digit unseen."""
-    operation, digit = rng.choice("++--*/="), rng.randint(2, 9)
-    if operation == "=":
-        x, b = rng.randint(2, 20), rng.randint(1, 50)
-        total = digit * x + b
-        steps = f"{digit} * x = {total} - {b} = {digit * x}, x = {digit * x} / {digit} = {x}"
-        return Problem("=", digit, b, f"{digit} * x + {b} = {total}", steps, str(x))
-    tens, ones = 10 * rng.randint(1, 9), rng.randint(1, 9)              # 11 ... 99, never a round number:
-    n, high, low = tens + ones, tens * digit, ones * digit              # no step adds or multiplies by nothing
-    if operation == "*":
-        a, b, answer = n, digit, n * digit
-        steps = f"{tens} * {digit} = {high}, {ones} * {digit} = {low}, {high} + {low} = {answer}"
-    elif operation == "/":
-        a, b, answer = n * digit, digit, n
-        steps = f"{high} / {digit} = {tens}, {low} / {digit} = {ones}, {tens} + {ones} = {n}"
-    else:
-        a, b, sign = rng.randint(n, 99), n, 1 if operation == "+" else -1
-        middle, answer = a + sign * tens, a + sign * n
-        steps = f"{a} {operation} {tens} = {middle}, {middle} {operation} {ones} = {answer}"
-    return Problem(operation, a, b, f"{a} {operation} {b}", steps, str(answer))
+def all_problems() -> list[Problem]:
+    """Two steps with numbers up to 20. Some 230 sums make thousands of problems, so that even a model of 3M parameters, after
+    minutes, can know the sums by heart and show on unseen problems that it can put two of them together."""
+    problems = []
+    for first, second, a, b, c in itertools.product("+-", "+-", range(2, 21), range(2, 10), range(2, 10)):
+        middle = a + b if first == "+" else a - b
+        answer = middle + c if second == "+" else middle - c
+        if 1 <= min(middle, answer) and max(middle, answer) <= 20:
+            steps = f"{a} {first} {b} = {middle}, {middle} {second} {c} = {answer}"
+            problems.append(Problem(first + second, a, b, c, f"{a} {first} {b} {second} {c}", steps, str(answer)))
+    return problems
 
 
 STORIES = {
-    "+": ("{name} has {a} {things} and gets {b} more. How many {things} does {name} have now?",
-          "There are {a} {things} here and {b} in the next room. How many are there?", "What is {a} + {b}?"),
-    "-": ("{name} has {a} {things} and gives away {b}. How many {things} are left?",
-          "A shop had {a} {things} and sold {b}. How many {things} remain?", "What is {a} - {b}?"),
-    "*": ("There are {b} boxes with {a} {things} in each. How many {things} are there?",
-          "{name} buys {a} {things} a day for {b} days. How many {things} is that?", "What is {a} * {b}?"),
-    "/": ("{a} {things} are shared equally by {b} friends. How many {things} does each get?",
-          "{name} puts {a} {things} into {b} equal rows. How many {things} are in a row?", "What is {a} / {b}?"),
-    "=": ("Solve {question} for x.", "What is x if {question}?"),
+    "++": ("{name} has {a} {things}, finds {b} and gets {c} more. How many {things} does {name} have now?",
+           "There are {a} {things} here, {b} next door and {c} upstairs. How many are there?", "What is {a} + {b} + {c}?"),
+    "+-": ("{name} has {a} {things}, gets {b} more and gives away {c}. How many {things} are left?",
+           "A shop had {a} {things}, bought {b} and sold {c}. How many {things} remain?", "What is {a} + {b} - {c}?"),
+    "-+": ("{name} has {a} {things}, gives away {b} and gets {c} more. How many {things} does {name} have now?",
+           "A shop had {a} {things}, sold {b} and bought {c}. How many {things} are there?", "What is {a} - {b} + {c}?"),
+    "--": ("{name} has {a} {things}, loses {b} and gives away {c}. How many {things} are left?",
+           "A shop had {a} {things} and sold {b} and then {c}. How many {things} remain?", "What is {a} - {b} - {c}?"),
 }
 NAMES = ("Ada", "Ben", "Chen", "Dina", "Emil", "Fatima", "Grace", "Hugo", "Ines", "Jun")
 THINGS = ("apples", "books", "coins", "stamps", "pencils", "marbles", "cards", "shells", "tickets", "buttons")
@@ -297,12 +287,12 @@ def questions(documented: dict[str, Documented], problems: list[Problem], rng: r
         if bearers[short[text]] == 1:           # else the question has several answers
             yield text, "module", ask["module"], f"`{short[text]}` is in the module `{thing.module}`.", thing.module
     for problem in problems:
-        story = rng.choice(STORIES[problem.operation])
+        story = rng.choice(STORIES[problem.operations])
         story = story.format(name=rng.choice(NAMES), things=rng.choice(THINGS), **problem._asdict())
         yield problem.question, "arithmetic", story, f"{problem.steps}. The answer is {problem.answer}.", problem.answer
 
 
-PROBLEM_DRAWS, EXAMPLES_PER_KIND = 24_000, 2_000        # before duplicates are removed; conversations for training, at most
+EXAMPLES_PER_KIND = 2_000           # conversations for training, at most
 
 
 def embedded_corpus() -> Corpus:
@@ -325,10 +315,10 @@ def embedded_corpus() -> Corpus:
         corpus.heldout[domain] = [document for text, document in texts.items() if held_out(text)]
         corpus.train[domain] = [document for text, document in texts.items() if not held_out(text) and not leaks(document)]
 
-    problems = list(dict.fromkeys(make_problem(rng) for _ in range(PROBLEM_DRAWS)))
+    problems = all_problems()
+    rng.shuffle(problems)
     unseen = [problem for problem in problems if held_out(problem.question)]
-    secret = {problem.question for problem in unseen}                   # must not be a step of a training problem either
-    worked = [problem for problem in problems if secret.isdisjoint([problem.question, *re.split(" = |, ", problem.steps)])]
+    worked = [problem for problem in problems if not held_out(problem.question)]
     for chosen, part in ((worked, corpus.train), (unseen, corpus.heldout)):
         lines = [f"Problem: {p.question}\nWorking: {p.steps}\nAnswer: {p.answer}\n" for p in chosen]
         part["maths"] = ["\n".join(lines[i:i + 8]) for i in range(0, len(lines), 8)]

@@ -8,7 +8,7 @@ belongs to this function? log-likelihoods decide, as in HellaSwag and ARC); arit
 right or wrong, as in GSM8K). The second is lm-evaluation-harness' own command; `mobilemoe14` are the paper's 14 tasks.
 
 One rule makes stages comparable: a question is put in the format that the checkpoint's last stage taught. `pretrain` and
-`midtrain` continue a document ("numpy.mean", an empty line, the summary; "Problem: 47 + 38", "Working:"), `sft` and `qat` are
+`midtrain` continue a document ("numpy.mean", an empty line, the summary; "Problem: 9 + 5 - 7", "Working:"), `sft` and `qat` are
 asked in a chat. The items, the choices and the scoring are the same. (So chat models also have to read a story where base
 models are given the bare sum; the other way round, base models would meet a kind of text they have never seen.)
 
