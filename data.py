@@ -235,35 +235,39 @@ def language_reference() -> list[str]:
 # ----------------------------------------------------------------------------------------------------------------------
 # Maths with worked steps, and questions and answers. Every answer is read off the source or computed; none is invented
 
-# ("+-", 14, 5, 7, "14 + 5 - 7", "14 + 5 = 19, 19 - 7 = 12", "12"); operations is "++", "+-", "-+" or "--"
-Problem = namedtuple("Problem", "operations a b c question steps answer")
+# ("14 + 5 - 7", "A shop had 14 cards, ...?", "14 + 5 = 19, 19 - 7 = 12", "12")
+Problem = namedtuple("Problem", "sum question steps answer")
+STORIES = {
+    "++": ("{name} has {a} {things}, finds {b} and gets {c} more. How many {things} does {name} have now?",
+           "There are {a} {things} here, {b} next door and {c} upstairs. How many are there?"),
+    "+-": ("{name} has {a} {things}, gets {b} more and gives away {c}. How many {things} are left?",
+           "A shop had {a} {things}, bought {b} and sold {c}. How many {things} remain?"),
+    "-+": ("{name} has {a} {things}, gives away {b} and gets {c} more. How many {things} does {name} have now?",
+           "A shop had {a} {things}, sold {b} and bought {c}. How many {things} are there?"),
+    "--": ("{name} has {a} {things}, loses {b} and gives away {c}. How many {things} are left?",
+           "A shop had {a} {things} and sold {b} and then {c}. How many {things} remain?"),
+}
+NAMES = ("Ada", "Ben", "Chen", "Dina", "Emil", "Fatima", "Grace", "Hugo", "Ines", "Jun")
+THINGS = ("apples", "books", "coins", "stamps", "pencils", "marbles", "cards", "shells", "tickets", "buttons")
 
 
-def all_problems() -> list[Problem]:
-    """Two steps with numbers up to 20. Some 230 sums make thousands of problems, so that even a model of 3M parameters, after
-    minutes, can know the sums by heart and show on unseen problems that it can put two of them together."""
+def make_problems(rng: random.Random) -> list[Problem]:
+    """Every sum of two steps with numbers up to 20, once as it is and once as a story.
+
+    Some 230 steps make thousands of sums. So even a model of 3M parameters, after minutes, can know the steps by heart, and
+    show on sums it never saw that it can put two of them together.
+    """
     problems = []
     for first, second, a, b, c in itertools.product("+-", "+-", range(2, 21), range(2, 10), range(2, 10)):
         middle = a + b if first == "+" else a - b
         answer = middle + c if second == "+" else middle - c
         if 1 <= min(middle, answer) and max(middle, answer) <= 20:
-            steps = f"{a} {first} {b} = {middle}, {middle} {second} {c} = {answer}"
-            problems.append(Problem(first + second, a, b, c, f"{a} {first} {b} {second} {c}", steps, str(answer)))
+            numbers, steps = f"{a} {first} {b} {second} {c}", f"{a} {first} {b} = {middle}, {middle} {second} {c} = {answer}"
+            story = rng.choice(STORIES[first + second]).format(a=a, b=b, c=c, name=rng.choice(NAMES), things=rng.choice(THINGS))
+            problems += [Problem(numbers, question, steps, str(answer)) for question in (f"What is {numbers}?", story)]
     return problems
 
 
-STORIES = {
-    "++": ("{name} has {a} {things}, finds {b} and gets {c} more. How many {things} does {name} have now?",
-           "There are {a} {things} here, {b} next door and {c} upstairs. How many are there?", "What is {a} + {b} + {c}?"),
-    "+-": ("{name} has {a} {things}, gets {b} more and gives away {c}. How many {things} are left?",
-           "A shop had {a} {things}, bought {b} and sold {c}. How many {things} remain?", "What is {a} + {b} - {c}?"),
-    "-+": ("{name} has {a} {things}, gives away {b} and gets {c} more. How many {things} does {name} have now?",
-           "A shop had {a} {things}, sold {b} and bought {c}. How many {things} are there?", "What is {a} - {b} + {c}?"),
-    "--": ("{name} has {a} {things}, loses {b} and gives away {c}. How many {things} are left?",
-           "A shop had {a} {things} and sold {b} and then {c}. How many {things} remain?", "What is {a} - {b} - {c}?"),
-}
-NAMES = ("Ada", "Ben", "Chen", "Dina", "Emil", "Fatima", "Grace", "Hugo", "Ines", "Jun")
-THINGS = ("apples", "books", "coins", "stamps", "pencils", "marbles", "cards", "shells", "tickets", "buttons")
 PHRASINGS = {
     "summary": ("What does `{name}` do?", "What is `{name}` for?", "Explain `{name}` in one sentence.", "Summarise `{name}`."),
     "signature": ("What is the signature of `{name}`?", "Which arguments does `{name}` take?", "How do I call `{name}`?"),
@@ -287,9 +291,7 @@ def questions(documented: dict[str, Documented], problems: list[Problem], rng: r
         if bearers[short[text]] == 1:           # else the question has several answers
             yield text, "module", ask["module"], f"`{short[text]}` is in the module `{thing.module}`.", thing.module
     for problem in problems:
-        story = rng.choice(STORIES[problem.operations])
-        story = story.format(name=rng.choice(NAMES), things=rng.choice(THINGS), **problem._asdict())
-        yield problem.question, "arithmetic", story, f"{problem.steps}. The answer is {problem.answer}.", problem.answer
+        yield problem.sum, "arithmetic", problem.question, f"{problem.steps}. The answer is {problem.answer}.", problem.answer
 
 
 EXAMPLES_PER_KIND = 2_000           # conversations for training, at most
@@ -315,15 +317,14 @@ def embedded_corpus() -> Corpus:
         corpus.heldout[domain] = [document for text, document in texts.items() if held_out(text)]
         corpus.train[domain] = [document for text, document in texts.items() if not held_out(text) and not leaks(document)]
 
-    problems = all_problems()
+    problems = make_problems(rng)
     rng.shuffle(problems)
-    unseen = [problem for problem in problems if held_out(problem.question)]
-    worked = [problem for problem in problems if not held_out(problem.question)]
-    for chosen, part in ((worked, corpus.train), (unseen, corpus.heldout)):
-        lines = [f"Problem: {p.question}\nWorking: {p.steps}\nAnswer: {p.answer}\n" for p in chosen]
+    for is_held_out, part in ((False, corpus.train), (True, corpus.heldout)):
+        lines = [f"Problem: {problem.question}\nWorking: {problem.steps}\nAnswer: {problem.answer}\n"
+                 for problem in problems if held_out(problem.sum) == is_held_out]
         part["maths"] = ["\n".join(lines[i:i + 8]) for i in range(0, len(lines), 8)]
 
-    asked = list(questions(documented, worked + unseen, rng))
+    asked = list(questions(documented, problems, rng))
     rng.shuffle(asked)
     room = Counter(dict.fromkeys([*PHRASINGS, "arithmetic"], EXAMPLES_PER_KIND))
     for key, kind, question, reply, answer in asked:

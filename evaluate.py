@@ -8,9 +8,8 @@ belongs to this function? log-likelihoods decide, as in HellaSwag and ARC); arit
 right or wrong, as in GSM8K). The second is lm-evaluation-harness' own command; `mobilemoe14` are the paper's 14 tasks.
 
 One rule makes stages comparable: a question is put in the format that the checkpoint's last stage taught. `pretrain` and
-`midtrain` continue a document ("numpy.mean", an empty line, the summary; "Problem: 9 + 5 - 7", "Working:"), `sft` and `qat` are
-asked in a chat. The items, the choices and the scoring are the same. (So chat models also have to read a story where base
-models are given the bare sum; the other way round, base models would meet a kind of text they have never seen.)
+`midtrain` continue a document ("numpy.mean", an empty line, the summary; "Problem: What is 9 + 5 - 7?", "Working:"), `sft` and
+`qat` are asked in a chat. The items, the choices and the scoring are the same.
 
 What it is not: a leaderboard. A model trained for half an hour on documentation is asked about documentation, on a CPU.
 """
@@ -173,16 +172,10 @@ def quiz_items(conversations: list[dict]) -> list[Item]:
     return items
 
 
-def arithmetic_items(conversations: list[dict], maths: str) -> list[Item]:
-    """Word problems with a number as answer. `maths` is the held-out maths text, which holds each story's bare sum."""
-    sums = {steps: problem for problem, steps in re.findall(r"Problem: (.*)\nWorking: (.*)\n", maths)}
-    items = []
-    for conversation in conversations:
-        if conversation["kind"] == "arithmetic":
-            story, reply = (message["content"] for message in conversation["messages"])
-            if problem := sums.get(reply.partition(". The answer is")[0]):
-                items.append(Item(f"Problem: {problem}\nWorking:", story, [], conversation["answer"]))
-    return items
+def arithmetic_items(conversations: list[dict]) -> list[Item]:
+    """Sums and word problems with a number as answer."""
+    return [Item(f"Problem: {question}\nWorking:", question, [], conversation["answer"]) for conversation in conversations
+            if conversation["kind"] == "arithmetic" for question in [conversation["messages"][0]["content"]]]
 
 
 def prompt_ids(item: Item, encoding, chat: bool) -> list[int]:
@@ -244,12 +237,11 @@ def arithmetic_score(items: list[Item], answers: list[str]) -> Score:
 def questions(subject: Subject) -> tuple[list[Item], list[Item]]:
     """(quiz, arithmetic) of the run's own held-out material; raises UserError if the checkpoint carries none."""
     try:
-        conversations, heldout = json.loads(subject.checkpoint["sft_heldout"]), subject.checkpoint["heldout"]
+        conversations = json.loads(subject.checkpoint["sft_heldout"])
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{subject.path} carries no held-out questions: it is damaged, or of an older train.py; train it again"
                         ) from None
-    maths = subject.encoding.decode(heldout["maths"]["ids"].tolist()) if "maths" in heldout else ""
-    return quiz_items(conversations), arithmetic_items(conversations, maths)
+    return quiz_items(conversations), arithmetic_items(conversations)
 
 
 def table(heads: list, rows: list[list]) -> str:

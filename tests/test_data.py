@@ -168,21 +168,26 @@ def test_without_docstrings_in_tight_places():
     assert stripped == 'def f(): pass\nclass A:\n    x = "kept"; pass\n    def g(self):\n        pass\n'
 
 
-def test_arithmetic_is_right_and_held_out_problems_are_never_worked(corpus):
-    train, heldout = ({match[1]: match.groups() for document in part["maths"] for match in
-                       re.finditer(r"Problem: (.*)\nWorking: (.*)\nAnswer: (.*)\n", document)}
+def test_arithmetic_is_right_and_held_out_sums_are_never_worked(corpus):
+    train, heldout = ([match.groups() for document in part["maths"] for match in
+                       re.finditer(r"Problem: (.*)\nWorking: (.*)\nAnswer: (.*)\n", document)]
                       for part in (corpus.train, corpus.heldout))
-    assert len(train) > 2_500 and len(heldout) > 100
-    for question, steps, answer in [*train.values(), *heldout.values()]:
-        assert eval(question) == int(answer)
-        for step in steps.split(", "):
-            assert len({eval(side) for side in step.split(" = ")}) == 1
-        assert steps.endswith(f" = {answer}")
-    known, needed = ({step for _, steps, _ in part.values() for step in steps.split(", ")} for part in (train, heldout))
-    assert needed <= known                      # held-out problems are new, the sums they are made of are not
-    assert not heldout.keys() & train.keys()
-    replies = " ".join(pair["messages"][1]["content"] for pair in corpus.sft_train if pair["kind"] == "arithmetic")
-    assert not any(f"{steps}." in replies for _, steps, _ in heldout.values())
+    assert len(train) > 5_000 and len(heldout) > 200
+    for question, steps, answer in [*train, *heldout]:
+        first, second = steps.split(", ")
+        assert all(len({eval(side) for side in step.split(" = ")}) == 1 for step in (first, second))
+        middle = first.partition(" = ")[2]
+        assert second.startswith(f"{middle} ") and second.endswith(f" = {answer}")
+        a, operation, b, other, c = (first.partition(" = ")[0] + second.partition(" = ")[0].removeprefix(middle)).split()
+        assert re.findall(r"\d+", question) == [a, b, c]
+        assert "What" not in question or question == f"What is {a} {operation} {b} {other} {c}?"
+    known, needed = ({step for _, steps, _ in part for step in steps.split(", ")} for part in (train, heldout))
+    assert needed <= known                      # held-out sums are new, the steps they are made of are not
+    worked = {steps for _, steps, _ in train}
+    assert not worked & {steps for _, steps, _ in heldout}
+    for pairs, allowed in ((corpus.sft_train, worked), (corpus.sft_heldout, {steps for _, steps, _ in heldout})):
+        assert {pair["messages"][1]["content"].partition(". The answer")[0] for pair in pairs if pair["kind"] == "arithmetic"
+                } <= allowed
 
 
 # ----------------------------------------------------------------------------------------------------------------------

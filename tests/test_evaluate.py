@@ -22,7 +22,7 @@ CONVERSATIONS = [{"kind": "summary", "answer": text, "messages": [
 STORY = {"kind": "arithmetic", "answer": "85", "messages": [
     {"role": "user", "content": "Ada has 47 coins and gets 38 more. How many coins does Ada have now?"},
     {"role": "assistant", "content": "47 + 30 = 77, 77 + 8 = 85. The answer is 85."}]}
-MATHS = "Problem: 47 + 38\nWorking: 47 + 30 = 77, 77 + 8 = 85\nAnswer: 85\n"
+ASKED = f"Problem: {STORY['messages'][0]['content']}\nWorking:"
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def run(finished_run, tmp_path_factory):
         checkpoint = load_checkpoint(finished_run / f"{stage}.pt")
         encoding = evaluate.Subject(finished_run / f"{stage}.pt").encoding
         checkpoint["sft_heldout"] = json.dumps([*CONVERSATIONS, STORY])
-        checkpoint["heldout"]["maths"] = {"ids": torch.tensor(encoding.encode_ordinary(MATHS)), "bytes": len(MATHS)}
+        checkpoint["heldout"]["maths"] = {"ids": torch.tensor(encoding.encode_ordinary(ASKED)), "bytes": len(ASKED)}
         torch.save(checkpoint, folder / f"{stage}.pt")
     shutil.copy(finished_run / "mobilemoe.gguf", folder)
     return folder
@@ -161,10 +161,10 @@ def test_quiz_sequences_begin_each_choice_where_the_prompt_ends(sft):
 
 
 def test_a_model_is_asked_in_the_format_of_its_last_stage(sft):
-    item, = evaluate.arithmetic_items([*CONVERSATIONS, STORY], MATHS)
-    assert (item.document, item.answer) == ("Problem: 47 + 38\nWorking:", "85")
+    item, = evaluate.arithmetic_items([*CONVERSATIONS, STORY])
+    assert (item.document, item.answer) == (ASKED, "85")
     document, chat = (sft.encoding.decode(evaluate.prompt_ids(item, sft.encoding, chat)) for chat in (False, True))
-    assert document == "<|begin_of_text|>Problem: 47 + 38\nWorking:"
+    assert document == f"<|begin_of_text|>{ASKED}"
     assert STORY["messages"][0]["content"] in chat and chat.endswith("assistant<|end_header_id|>\n\n")
 
 
@@ -187,7 +187,7 @@ def test_scores_have_standard_errors_and_chance_levels():
 def test_questions_are_those_the_checkpoint_holds_out(sft):
     items, sums = evaluate.questions(sft)
     assert [item.answer for item in items] == SUMMARIES
-    assert [(item.document, item.answer) for item in sums] == [("Problem: 47 + 38\nWorking:", "85")]
+    assert [(item.document, item.answer) for item in sums] == [(ASKED, "85")]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
