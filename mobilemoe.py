@@ -363,33 +363,28 @@ class ToRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         row, kept = ctx.saved_tensors
-        return weighted_sum(grad.index_select(0, row), kept), None, None, None
+        return F.embedding_bag(row.view(kept.shape), grad, mode="sum", per_sample_weights=kept), None, None, None
 
 
 class FromRows(torch.autograd.Function):
     """y [rows, D], weights [N, A] (0 for a dropped route), owner [rows], row [N*A] -> sum over a token's routes [N, D].
 
-    Backward again gathers, by `owner`, what autograd would scatter into zeros.
+    embedding_bag is that sum, without a copy of the rows. Backward again gathers, by `owner`, what autograd would scatter into
+    zeros.
     """
 
     @staticmethod
     def forward(ctx, y: Tensor, weights: Tensor, owner: Tensor, row: Tensor) -> Tensor:
-        routes = y.index_select(0, row)                                    # [N*A, D]
-        ctx.save_for_backward(routes, weights, owner, row)
-        return weighted_sum(routes, weights)
+        ctx.save_for_backward(y, weights, owner, row)
+        return F.embedding_bag(row.view(weights.shape), y, mode="sum", per_sample_weights=weights)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        routes, weights, owner, row = ctx.saved_tensors
+        y, weights, owner, row = ctx.saved_tensors
         (N, A), rows = weights.shape, len(owner)
-        grad_weights = (routes.view(N, A, -1) @ grad[:, :, None]).view(N, A)
+        grad_weights = (y.index_select(0, row).view(N, A, -1) * grad[:, None]).sum(-1)
         scale = weights.new_zeros(rows).index_add_(0, row, weights.flatten())    # [rows] 0 for idle rows
         return grad.index_select(0, owner // A) * scale[:, None], grad_weights, None, None
-
-
-def weighted_sum(routes: Tensor, weights: Tensor) -> Tensor:
-    """routes [N*A, D], weights [N, A] -> [N, D]"""
-    return (weights[:, None] @ routes.view(*weights.shape, -1)).squeeze(1)
 
 
 class Experts(nn.Module):
