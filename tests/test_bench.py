@@ -74,7 +74,7 @@ def test_a_run_prints_every_row_and_ratio_and_writes_nothing(call, tmp_path, mon
                 "LinearCrossEntropy", "F.linear_cross_entropy"):
         assert f"\n{row}" in out or f" {row}" in out, row
     assert not list(tmp_path.iterdir())
-    assert len(re.findall(r"aim: at (?:least|most)", out)) == 3 and len(re.findall(r"\d x as fast", out)) == 7
+    assert len(re.findall(r"aim: at (?:least|most)", out)) == 3 and len(re.findall(r"\d x as fast", out)) == 8
 
 
 def test_without_transformers_the_rest_is_measured(call, monkeypatch):
