@@ -252,10 +252,10 @@ THINGS = ("apples", "books", "coins", "stamps", "pencils", "marbles", "cards", "
 
 
 def make_problems(rng: random.Random) -> list[Problem]:
-    """Every sum of two steps with numbers up to 20, once as it is and once as a story.
+    """Sums of two steps, once as they are and once as a story: a number up to 20, two from 2 to 9, no result beyond 20.
 
-    Some 230 steps make thousands of sums. So even a model of 3M parameters, after minutes, can know the steps by heart, and
-    show on sums it never saw that it can put two of them together.
+    Some 230 steps make thousands of sums. So even a model of 3M active parameters, after minutes, can know the steps by heart,
+    and show on sums it never saw that it can put two of them together.
     """
     problems = []
     for first, second, a, b, c in itertools.product("+-", "+-", range(2, 21), range(2, 10), range(2, 10)):

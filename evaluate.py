@@ -173,9 +173,13 @@ def quiz_items(conversations: list[dict]) -> list[Item]:
 
 
 def arithmetic_items(conversations: list[dict]) -> list[Item]:
-    """Sums and word problems with a number as answer."""
-    return [Item(f"Problem: {question}\nWorking:", question, [], conversation["answer"]) for conversation in conversations
-            if conversation["kind"] == "arithmetic" for question in [conversation["messages"][0]["content"]]]
+    """Sums and word problems with a number as answer; each sum once, in words or not, or the items would not be independent."""
+    asked = {}
+    for conversation in conversations:
+        if conversation["kind"] == "arithmetic":
+            question, reply = (message["content"] for message in conversation["messages"])
+            asked.setdefault(reply, Item(f"Problem: {question}\nWorking:", question, [], conversation["answer"]))
+    return list(asked.values())
 
 
 def prompt_ids(item: Item, encoding, chat: bool) -> list[int]:

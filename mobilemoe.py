@@ -233,10 +233,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
     A GPU has a kernel that never writes the scores to memory. The CPU's version of that kernel is slow, above all going back:
     plain matmuls, 128 queries at a time so that little of what the mask hides is computed, take half its time (forward and
-    backward, 16 rows of 256 tokens and 3 heads: 17 ms against 34; 8 rows of 512 and 4 heads: 33 against 70).
+    backward, 16 rows of 256 tokens and 3 heads: 17 ms against 34; 8 rows of 512 and 4 heads: 33 against 70). The price: scores
+    are rounded to q's type, and their softmax is kept for backward.
     """
     (_, H, T, d_head), (_, K, S, _) = q.shape, k.shape
-    if q.is_cuda:       # is_causal would align the mask to the top left, as if nothing had been seen
+    if q.device.type != "cpu":      # is_causal would align the mask to the top left, as if nothing had been seen
         mask = None if T in (1, S) else torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T == S > 1, enable_gqa=H != K)
     # The H/K heads that share keys are multiplied as if they were one head with H/K times the queries.
@@ -369,8 +370,8 @@ class ToRows(torch.autograd.Function):
 class FromRows(torch.autograd.Function):
     """y [rows, D], weights [N, A] (0 for a dropped route), owner [rows], row [N*A] -> sum over a token's routes [N, D].
 
-    embedding_bag is that sum, without a copy of the rows. Backward again gathers, by `owner`, what autograd would scatter into
-    zeros.
+    embedding_bag is that sum, made without a copy of the rows. Backward again gathers, by `owner`, what autograd would scatter
+    into zeros.
     """
 
     @staticmethod

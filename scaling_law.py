@@ -189,13 +189,13 @@ VOCABULARY = 2048
 SIZES = {"small": dict(d_model=128, n_layers=3, n_heads=4, n_kv_heads=1, d_head=32, d_ff=512),
          "large": dict(d_model=160, n_layers=4, n_heads=5, n_kv_heads=1, d_head=32, d_ff=640)}
 EXPERTS, GRANULARITIES, SEEDS = (1, 2, 4, 8, 16, 32), (1, 2, 4, 8, 16), (0, 1, 2)
-# Every E at the most tokens only; four of them at fewer tokens and at the large size, which are there for the law. Tokens are
-# what a mixture's lead needs (small, E = 8, one seed: 0.04 nats after 0.74M, 0.10 after 2.2M), so few runs, but longer ones.
+# Every E at the small size and the most tokens; four of them at a half and a quarter of the tokens, at both sizes, for the law.
+# Tokens are what a mixture's lead needs (small, E = 8, one seed: 0.04 nats after 0.74M, 0.10 after 2.2M): few runs, but longer.
 FEW_EXPERTS = (1, 2, 8, 32)
 # The series over E has g = 4. With g = 1 a token has one expert, whose normalised weight is 1 whatever the router says: the
 # loss sends the router no gradient, and E would be judged by experts chosen blindly.
 BASE_G, SHARED_G, LIKELY_E = 4, 8, 8        # LIKELY_E: for estimates, until the runs say which E is best
-PARTS = (1, 2, 4)           # token counts top/4, top/2, top: separate runs, each with its own schedule taken to the end
+PARTS = (1, 2, 4)           # token counts top/4, top/2, top (small only): separate runs, each with a schedule of its own
 SHORTEST = 4                # least `top`, in batches of top/4
 CLOSE = 0.02                # nats; shapes that differ by less get a second seed
 STAGE = TINY["pretrain"]
@@ -481,7 +481,7 @@ class Results:
         if not repeated:
             raise UserError(f"{source} has no shape with two seeds, and without noise no difference means anything: "
                             "let the sweep finish")
-        # Three seeds say little about the noise of one shape; all shapes together say something about everyone's.
+        # Two or three seeds say little about the noise of one shape; all shapes together say something about everyone's.
         self.noise = math.sqrt(sum(np.var(nats) * len(nats) for nats in repeated) / sum(len(nats) - 1 for nats in repeated))
         # Granularity and shared expert were tried at the E that was best then.
         if not (shared := [shape for shape in self.by_shape if shape.shared]):
@@ -520,7 +520,8 @@ def tables(results: Results) -> list[str]:
             cells = [f"{results.mean(run):.3f}" if (run := base(size, E, tokens)) in results.by_shape else "" for E in EXPERTS]
             active = base(size, 1, tokens).config().active_params()
             lines.append(f"| {active / 1e6:.2f}M, {tokens / 1e6:.2f}M | " + " | ".join(cells) + " |")
-    lines += ["", f"| small, {results.top / 1e6:.2f}M tokens | nats/token | bits/byte | seeds | tokens/s | load max:mean |",
+    lines += ["(empty: not trained, see FEW_EXPERTS)", "",
+              f"| small, {results.top / 1e6:.2f}M tokens | nats/token | bits/byte | seeds | tokens/s | load max:mean |",
               "|---|---:|---:|---:|---:|---:|"]
     rows = [shape for shape in results.by_shape if (shape.size, shape.tokens) == ("small", results.top)]
     for shape in sorted(rows, key=lambda shape: (shape.E, shape.shared, shape.g)):
@@ -532,10 +533,13 @@ def tables(results: Results) -> list[str]:
 
 def findings(results: Results) -> list[str]:
     """The paper's three findings, each beside what these runs show and the difference that noise alone can make."""
-    lines = [f"Seed noise {results.noise:.4f} nats per token (standard deviation); +- is twice the noise of a difference.",
+    lines = [f"Seed noise {results.noise:.4f} nats per token (standard deviation, all shapes with several seeds together); "
+             "+- is twice the noise of a difference.",
              "", "1. Paper: E = 8 is best; beyond it the curve is flat, and E = 32 loses."]
     for size, series in zip(SIZES, (EXPERTS, FEW_EXPERTS)):
-        tokens = max(shape.tokens for shape in results.by_shape if shape.size == size)
+        complete = [tokens for tokens in {shape.tokens for shape in results.by_shape if shape.size == size}
+                    if all(base(size, E, tokens) in results.by_shape for E in series)]
+        tokens = max(complete or [shape.tokens for shape in results.by_shape if shape.size == size])
         run = {E: base(size, E, tokens) for E in series}
         best = min(series[1:], key=lambda E: results.mean(run[E]))
         ahead, noise = results.gain(run[1], run[best])
@@ -543,9 +547,10 @@ def findings(results: Results) -> list[str]:
         loses, noise_loses = results.gain(run[32], run[8])
         verdict = (f"Does not hold: E = {best} is better than 8 by more than noise" if beyond > noise_beyond else
                    "Holds" if loses > noise_loses else "Holds in part: E = 8 is as good as any, but E = 32 does not lose")
-        lines.append(f"   {size}, {tokens / 1e6:.2f}M tokens: best is E = {best}, ahead of dense by {ahead:.3f} +- {noise:.3f},"
-                     f" of E = 8 by {beyond:.3f} +- {noise_beyond:.3f};\n   E = 8 is ahead of 32 by {loses:.3f} +- "
-                     f"{noise_loses:.3f}. {verdict}.")
+        lines.append(f"   {size}, {tokens / 1e6:.2f}M tokens, of E = {', '.join(map(str, series[1:]))}: best is E = {best}, "
+                     f"ahead of dense by {ahead:.3f} +- {noise:.3f}"
+                     + (f", of E = 8 by {beyond:.3f} +- {noise_beyond:.3f}" if best != 8 else "")
+                     + f";\n   E = 8 is ahead of 32 by {loses:.3f} +- {noise_loses:.3f}. {verdict}.")
     run, shared = results.over_g, results.shared
     best = min(GRANULARITIES, key=lambda g: results.mean(run[g]))
     behind, noise = results.gain(run[8], run[best])
@@ -620,10 +625,11 @@ def draw(results: Results, path: Path):
         over_memory.plot(*point, "o", color=colors[shape.size])
         if not frontier or point[1] < frontier[-1][1]:
             frontier.append(point)
-            over_memory.annotate(f"E{shape.E} g{shape.g}{' s' if shape.shared else ''}", point, xytext=(4, 4),
+            over_memory.annotate(f"E = {shape.E}", point, xytext=(4, 4),
                                  textcoords="offset points", fontsize=7)
     over_memory.step(*zip(*frontier), where="post", color="black", lw=1, label="frontier: least loss for the memory")
-    over_memory.set(xscale="log", xlabel="MB of INT4 weights and KV cache (eq. 5)", title=f"both, {both / 1e6:.2f}M tokens")
+    over_memory.set(xscale="log", xlabel="MB of INT4 weights and KV cache (eq. 5)",
+                    title=f"both sizes, dense and g = {BASE_G}, {both / 1e6:.2f}M tokens")
     for axes in (over_E, over_g, over_shared, over_memory):
         axes.grid(alpha=0.3)
     over_E.legend(fontsize=7)

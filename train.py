@@ -77,7 +77,8 @@ STAGES = ("pretrain", "midtrain", "sft", "qat")
 BROAD, FOCUS = dict(prose=62, maths=11.6, code=10, knowledge=16.4), dict(prose=9, maths=21, code=22, knowledge=48)
 # The embedded corpus is two thirds docstrings, and its language reference would go round too often at the paper's weight.
 DOCS, DOCS_FOCUS = dict(prose=78, maths=8, code=7, knowledge=7), dict(prose=68, maths=13, code=8, knowledge=11)
-CHAT, REPLAY = dict(chat=65, prose=20, code=5, knowledge=5, maths=5), dict(chat=45, prose=35, code=8, knowledge=6, maths=6)
+CHAT = dict(chat=75, prose=14.2, code=3.6, knowledge=3.6, maths=3.6)
+REPLAY = dict(chat=45, prose=35, code=8, knowledge=6, maths=6)
 PAPER = {   #           tokens  context   batch     peak  decay     final  capacity  bias   mixture
     "pretrain": Stage(    6e12,    2048, 2 ** 22,   4e-4, "cosine",   0.1,     1.5,  1e-3, BROAD),
     "midtrain": Stage(  500e9,     8192, 2 ** 22,   4e-5, "linear",   0.0,     1.5,  1e-3, FOCUS),
@@ -85,8 +86,8 @@ PAPER = {   #           tokens  context   batch     peak  decay     final  capac
     "qat":      Stage(   21e9,     8192, 2 ** 20,   4e-6, "cosine",   0.0,    None,     0, dict(chat=1), int4=True),
 }
 # Minutes instead of months: much higher rates (peak_lr is Muon's, see `optimizers`), and conversations mixed with text, for a
-# few hundred steps on questions alone make so small a model forget how documentation reads. SFT wants steps more than tokens:
-# batches of 2048 at 0.0035 in place of 4096 at 0.005 get 60 % of held-out sums right, not 41 % (docstrings 1.340, not 1.333).
+# few hundred steps on questions alone make so small a model forget how documentation reads. SFT: batches of 2048 (3 of 4 rows
+# are conversations) at 0.0035 get 60 % of held-out sums right, of 4096 (5 of 8) at 0.005 only 41 % (docstrings 1.340, 1.333).
 TINY = {
     "pretrain": Stage(  2.45e6,     256,    4096,   0.02, "cosine",   0.3,     1.5,  1e-2, DOCS),
     "midtrain": Stage(  0.95e6,     512,    4096,  0.006, "linear",   0.0,     1.5,  1e-2, DOCS_FOCUS),

@@ -19,9 +19,10 @@ SUMMARIES = ["Return the sorted list.", "Open a file and read it.", "Compute the
 CONVERSATIONS = [{"kind": "summary", "answer": text, "messages": [
     {"role": "user", "content": f"What does `module.f{n}` do?"}, {"role": "assistant", "content": text}]}
     for n, text in enumerate(SUMMARIES)]
-STORY = {"kind": "arithmetic", "answer": "85", "messages": [
-    {"role": "user", "content": "Ada has 47 coins and gets 38 more. How many coins does Ada have now?"},
-    {"role": "assistant", "content": "47 + 30 = 77, 77 + 8 = 85. The answer is 85."}]}
+STORY = {"kind": "arithmetic", "answer": "12", "messages": [
+    {"role": "user", "content": "A shop had 14 coins, bought 5 and sold 7. How many coins remain?"},
+    {"role": "assistant", "content": "14 + 5 = 19, 19 - 7 = 12. The answer is 12."}]}
+SUM = {**STORY, "messages": [{"role": "user", "content": "What is 14 + 5 - 7?"}, STORY["messages"][1]]}     # the same one
 ASKED = f"Problem: {STORY['messages'][0]['content']}\nWorking:"
 
 
@@ -161,8 +162,8 @@ def test_quiz_sequences_begin_each_choice_where_the_prompt_ends(sft):
 
 
 def test_a_model_is_asked_in_the_format_of_its_last_stage(sft):
-    item, = evaluate.arithmetic_items([*CONVERSATIONS, STORY])
-    assert (item.document, item.answer) == (ASKED, "85")
+    item, = evaluate.arithmetic_items([*CONVERSATIONS, STORY, SUM])
+    assert (item.document, item.answer) == (ASKED, "12")
     document, chat = (sft.encoding.decode(evaluate.prompt_ids(item, sft.encoding, chat)) for chat in (False, True))
     assert document == f"<|begin_of_text|>{ASKED}"
     assert STORY["messages"][0]["content"] in chat and chat.endswith("assistant<|end_header_id|>\n\n")
@@ -187,7 +188,7 @@ def test_scores_have_standard_errors_and_chance_levels():
 def test_questions_are_those_the_checkpoint_holds_out(sft):
     items, sums = evaluate.questions(sft)
     assert [item.answer for item in items] == SUMMARIES
-    assert [(item.document, item.answer) for item in sums] == [(ASKED, "85")]
+    assert [(item.document, item.answer) for item in sums] == [(ASKED, "12")]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

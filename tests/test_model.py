@@ -18,6 +18,7 @@ from mobilemoe import (
     Router,
     Routing,
     UserError,
+    attend,
     config_from_dict,
     generate,
     rope_rotations,
@@ -316,6 +317,23 @@ def test_rope_scaling_is_a_step_at_8192():
     slowed = 2 * math.pi / plain > 8192
     assert 0 < slowed.sum() < len(slowed)
     torch.testing.assert_close(scaled, torch.where(slowed, plain / 16, plain))
+
+
+@pytest.mark.parametrize("T, S", [(1, 1), (1, 300), (128, 128), (129, 129), (300, 300), (150, 300)])
+@pytest.mark.parametrize("H, K", [(3, 1), (4, 2), (2, 2)])
+def test_attention_in_blocks_is_that_of_pytorch(T, S, H, K):
+    """Values and gradients, for one block of queries and several, with and without tokens seen before."""
+    torch.manual_seed(0)
+    q, k, v, grad = (torch.randn(2, heads, n, 16) for heads, n in ((H, T), (K, S), (K, S), (H, T)))
+    mask, results = torch.ones(T, S, dtype=torch.bool).tril(S - T), []
+    for function in (attend, lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        y = function(*leaves)
+        y.backward(grad)
+        results.append([y, *(x.grad for x in leaves)])
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
+    low = attend(*(x.bfloat16() for x in (q, k, v)))
+    torch.testing.assert_close(low.float(), results[1][0], rtol=0, atol=0.05)
 
 
 @pytest.mark.parametrize("config", [TEST, DENSE], ids=["moe", "dense"])
