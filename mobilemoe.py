@@ -173,6 +173,25 @@ PRESETS = {
 # Norm and positions
 
 
+class Normalise(torch.autograd.Function):
+    """x / rms(x) over the last dimension. Autograd's way back through F.rms_norm writes a dozen tensors of x's size; by hand,
+    with n = x / rms(x), it is (grad - n * mean(grad * n)) / rms(x): what points along x is taken out, the rest is scaled.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, eps: float) -> Tensor:                     # [..., D] -> [..., D]
+        ctx.save_for_backward(x)
+        ctx.eps = eps
+        return F.rms_norm(x, x.shape[-1:], eps=eps)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, = ctx.saved_tensors
+        scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + ctx.eps)   # [..., 1] 1 / rms(x)
+        n = x * scale
+        return (grad - n * (grad * n).mean(-1, keepdim=True)) * scale, None
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * weight. The residual stream stays FP32 under autocast, so the mean of squares is taken in FP32."""
 
@@ -182,7 +201,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:             # [..., D] -> [..., D]
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return Normalise.apply(x, self.eps) * self.weight
 
 
 def rope_rotations(config: Config, positions: Tensor) -> Tensor:
@@ -272,8 +291,7 @@ class Attention(nn.Module):
         v = self.v_proj(x).unflatten(-1, (c.n_kv_heads, c.d_head))        # [B, T, K, d_head]
         # QK-norm without weights bounds the attention logits, so nothing blows up in BF16. A rotation keeps the norm:
         # normalising before or after it is the same number.
-        q = F.rms_norm(rotate(q, rotations), (c.d_head,), eps=c.norm_eps).to(v.dtype)
-        k = F.rms_norm(rotate(k, rotations), (c.d_head,), eps=c.norm_eps).to(v.dtype)
+        q, k = (Normalise.apply(rotate(x, rotations), c.norm_eps).to(v.dtype) for x in (q, k))
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, H or K, T, d_head]
         if cache is not None:
             k, v = (x.to(q.dtype) for x in cache.extend(self.layer, k, v))           # [B, K, seen + T, d_head]

@@ -15,6 +15,7 @@ from mobilemoe import (
     LinearCrossEntropy,
     MobileMoE,
     MoE,
+    Normalise,
     Router,
     Routing,
     UserError,
@@ -295,6 +296,15 @@ def test_expert_bias_evens_out_a_skewed_router(lively):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Attention: positions and cache
+
+
+def test_normalising_by_hand_is_pytorchs_rms_norm():
+    x, grad = (torch.randn(3, 5, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
+    leaves = [x.clone().requires_grad_() for _ in range(2)]
+    results = Normalise.apply(leaves[0], 1e-2), F.rms_norm(leaves[1], (24,), eps=1e-2)
+    torch.autograd.backward(results, (grad, grad))
+    torch.testing.assert_close(results[0], results[1])
+    torch.testing.assert_close(leaves[0].grad, leaves[1].grad)
 
 
 def test_rope_turns_interleaved_pairs():
