@@ -514,9 +514,9 @@ class LinearCrossEntropy(torch.autograd.Function):
             loss -= (logp.gather(1, target) * wanted).sum()
             if want_grad:
                 grad = logp.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=torch.float32))
-                grad = grad.mul_(wanted).to(x.dtype)                       # [chunk, V] softmax - onehot
-                grad_x[start:start + chunk] = grad @ w
-                grad_w += grad.T @ part
+                grad = grad.to(x.dtype)                                    # [chunk, V] softmax - onehot
+                grad_x[start:start + chunk] = (grad @ w) * wanted          # masked where it is narrow: D, not V
+                grad_w += grad.T @ (part * wanted)
         ctx.save_for_backward(grad_x, grad_w, count)
         return loss / count
 
