@@ -632,7 +632,7 @@ def draw(results: Results, path: Path):
                     title=f"both sizes, dense and g = {BASE_G}, {both / 1e6:.2f}M tokens")
     for axes in (over_E, over_g, over_shared, over_memory):
         axes.grid(alpha=0.3)
-    over_E.legend(fontsize=7)
+    figure.legend(*over_E.get_legend_handles_labels(), loc="outside lower left", ncols=5, fontsize=7)
     over_memory.legend(fontsize=7)
     with atomic_write(path) as file:
         figure.savefig(file, dpi=110, format="png")
