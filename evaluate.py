@@ -452,9 +452,9 @@ def draw_progress(names: list[str], bits: list[dict[str, float]], scores: list[d
     for color, task in zip(("tab:blue", "tab:cyan", "tab:orange"), scores[0]):
         mean, error, chance = 100 * np.array([row[task] for row in scores]).T
         right.errorbar(names, mean, error, fmt="o-", capsize=4, color=color, label=task)
-        right.axhline(chance[0], color=color, ls=":", label=f"{task}, chance")
-        right.legend()
-    right.set(title="right answers, %, ± one standard error", ylim=(0, 100))
+        right.axhline(chance[0], color=color, ls=":")
+    right.set(title="right answers, %, ± one standard error (dotted: chance)", ylim=(0, 100))
+    right.legend(loc="upper left", bbox_to_anchor=(1, 1))
     save_figure(figure, path)
 
 # ----------------------------------------------------------------------------------------------------------------------
