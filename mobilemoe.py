@@ -266,7 +266,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         block = q[:, :, :, start:start + 128]                              # [B, K, H/K, n, d_head]
         n = block.shape[3]
         last = S - T + start + n                                           # what the last query of the block may look at
-        mask = torch.full((n, last), -torch.inf, dtype=q.dtype, device=q.device).triu(last - n + 1)
+        mask = torch.full((n, last), -torch.inf, dtype=q.dtype).triu(last - n + 1)
         scores = (block.flatten(2, 3) @ k[:, :, :last].mT).unflatten(2, (-1, n)) + mask        # [B, K, H/K, n, last]
         y.append((scores.softmax(-1).flatten(2, 3) @ v[:, :, :last]).unflatten(2, (-1, n)))
     return torch.cat(y, 3).flatten(1, 2)

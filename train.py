@@ -86,8 +86,9 @@ PAPER = {   #           tokens  context   batch     peak  decay     final  capac
     "qat":      Stage(   21e9,     8192, 2 ** 20,   4e-6, "cosine",   0.0,    None,     0, dict(chat=1), int4=True),
 }
 # Minutes instead of months: much higher rates (peak_lr is Muon's, see `optimizers`), and conversations mixed with text, for a
-# few hundred steps on questions alone make so small a model forget how documentation reads. SFT: batches of 2048 (3 of 4 rows
-# are conversations) at 0.0035 get 60 % of held-out sums right, of 4096 (5 of 8) at 0.005 only 41 % (docstrings 1.340, 1.333).
+# few hundred steps on questions alone make so small a model forget how documentation reads. SFT, tried on one mid-trained
+# model: 2048 tokens a batch (3 of 4 rows are conversations) at 0.0035 got 60 % of held-out sums right, 4096 (5 of 8) at 0.005
+# 41 %, for 1.340 and 1.333 bits per byte of docstrings.
 TINY = {
     "pretrain": Stage(  2.45e6,     256,    4096,   0.02, "cosine",   0.3,     1.5,  1e-2, DOCS),
     "midtrain": Stage(  0.95e6,     512,    4096,  0.006, "linear",   0.0,     1.5,  1e-2, DOCS_FOCUS),
@@ -343,14 +344,13 @@ class Muon(torch.optim.Optimizer):
                 parts = g.chunk(2, dim=-1) if group["paired"] else (g,)
                 update = torch.cat([self.orthogonalise(part, matmul_dtype(p.device)) for part in parts], dim=-1)
                 rows, cols = parts[0].shape[-2:]
-                stretch = max(rows, cols) / min(rows, cols)
-                if p.dim() == 3:
-                    # Experts are slices of a dense feed-forward: a weight must move as far as it would there, however thin the
-                    # slice. (As above, thin ones moved too far. scaling_law.py's small size, 16 experts of g = 16 after 0.36M
-                    # tokens: 4.45 nats, so 4.37; g = 8 beside a shared one 4.38 and 4.34.)
-                    stretch = max(rows, cols) / (rows if group["paired"] else cols)             # over d_model
+                # An orthogonal matrix has smaller entries the longer it is: scale by its length over its width. But experts are
+                # slices of a dense feed-forward, whose weights must move as far as they would there however thin the slice, so
+                # over d_model. (scaling_law.py, small, E = 16, 0.36M tokens, over the width and over d_model: g = 16 4.45
+                # and 4.37 nats; g = 8 beside a shared expert 4.38 and 4.34.)
+                width = min(rows, cols) if p.dim() == 2 else rows if group["paired"] else cols
                 update = local(part_like(update, p)) if p.dim() == 2 else update
-                local(p).add_(update.to(p.dtype), alpha=-group["lr"] * stretch ** 0.5)
+                local(p).add_(update.to(p.dtype), alpha=-group["lr"] * (max(rows, cols) / width) ** 0.5)
 
 
 def matmul_dtype(device: torch.device) -> torch.dtype:
