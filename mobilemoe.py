@@ -174,22 +174,21 @@ PRESETS = {
 
 
 class Normalise(torch.autograd.Function):
-    """x / rms(x) over the last dimension. Autograd's way back through F.rms_norm writes a dozen tensors of x's size; by hand,
-    with n = x / rms(x), it is (grad - n * mean(grad * n)) / rms(x): what points along x is taken out, the rest is scaled.
+    """x / rms(x) over the last dimension. Autograd's way back through F.rms_norm writes a dozen tensors of x's size; by hand it
+    is (grad - x * mean(grad * x) / rms(x)^2) / rms(x): what points along x is taken out, the rest is scaled.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, eps: float) -> Tensor:                     # [..., D] -> [..., D]
-        ctx.save_for_backward(x)
-        ctx.eps = eps
-        return F.rms_norm(x, x.shape[-1:], eps=eps)
+        scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)       # [..., 1] 1 / rms(x)
+        ctx.save_for_backward(x, scale)
+        return x * scale
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        x, = ctx.saved_tensors
-        scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + ctx.eps)   # [..., 1] 1 / rms(x)
-        n = x * scale
-        return (grad - n * (grad * n).mean(-1, keepdim=True)) * scale, None
+        x, scale = ctx.saved_tensors
+        along = (grad * x).mean(-1, keepdim=True) * scale.square()         # [..., 1]
+        return torch.addcmul(grad, x, along, value=-1).mul_(scale), None
 
 
 class RMSNorm(nn.Module):
@@ -231,6 +230,11 @@ def rotate(x: Tensor, rotations: Tensor) -> Tensor:
 # Attention
 
 
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The type autocast would give a matmul with `x`; its list knows neither grouped_mm nor our own Functions, so we ask it."""
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+
+
 class KVCache:
     """Keys and values of the tokens seen so far, for every layer, allocated once at full length."""
 
@@ -247,29 +251,62 @@ class KVCache:
         return self.data[layer, 0, :, :, :end], self.data[layer, 1, :, :, :end]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention of the last T positions of S: q [B, H, T, d_head], k, v [B, K, S, d_head] -> [B, H, T, d_head].
+class BlockAttention(torch.autograd.Function):
+    """Causal attention by plain matmuls, 64 queries at a time, so that little of what the mask hides is computed.
 
-    A GPU has a kernel that never writes the scores to memory. The CPU's version of that kernel is slow, above all going back:
-    plain matmuls, 128 queries at a time so that little of what the mask hides is computed, take half its time (forward and
-    backward, 16 rows of 256 tokens and 3 heads: 17 ms against 34; 8 rows of 512 and 4 heads: 33 against 70). The price: scores
-    are rounded to q's type, and their softmax is kept for backward.
+    q [B*K, T*R, d_head] (scaled), k, v [B*K, S, d_head] -> [B*K, T*R, d_head]. The R = H/K heads that share keys stand as if
+    they were one head with R queries per token. By hand, because autograd copies every slice's gradient into zeros as large as
+    the whole, and because the sum over keys of p * grad_p that the softmax's derivative needs is, much cheaper, y * grad_y.
     """
-    (_, H, T, d_head), (_, K, S, _) = q.shape, k.shape
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, R: int) -> Tensor:
+        y, probs, before = torch.empty_like(q), [], k.shape[1] - q.shape[1] // R     # S - T tokens came before the first query
+        mask = torch.full((64, 64), -torch.inf, dtype=q.dtype).triu(1).repeat_interleave(R, 0)     # [64*R, 64]
+        for rows in (slice(start, start + 64 * R) for start in range(0, q.shape[1], 64 * R)):
+            block = q[:, rows]                                             # [B*K, n*R, d_head] n = 64, or what is left
+            n = block.shape[1] // R
+            last = before + rows.start // R + n                            # what the last query of the block may look at
+            scores = block @ k[:, :last].mT                                # [B*K, n*R, last]
+            scores[:, :, -n:] += mask[:n * R, :n]
+            p = scores.softmax(-1)
+            y[:, rows] = p @ v[:, :last]
+            if ctx.needs_input_grad[0]:
+                probs.append(p)
+        ctx.save_for_backward(q, k, v, y, *probs)
+        ctx.R = R
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        q, k, v, y, *probs = ctx.saved_tensors
+        along = (grad * y).sum(-1, keepdim=True)                           # [B*K, T*R, 1]
+        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for i, p in enumerate(probs):                                      # [B*K, n*R, last]
+            rows, last = slice(64 * ctx.R * i, 64 * ctx.R * (i + 1)), p.shape[2]
+            grad_scores = (grad[:, rows] @ v[:, :last].mT).sub_(along[:, rows]).mul_(p)
+            grad_q[:, rows] = grad_scores @ k[:, :last]
+            grad_k[:, :last] += grad_scores.mT @ q[:, rows]
+            grad_v[:, :last] += p.mT @ grad[:, rows]
+        return grad_q, grad_k, grad_v, None
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention of the last T positions of S: q [B, H, T, d_head], k, v [B, K, S, d_head] -> [B, T, H, d_head].
+
+    A GPU has a kernel that never writes the scores to memory. The CPU's version of that kernel is slow, above all going back;
+    BlockAttention takes 0.4 of its time (forward and backward, 16 rows of 256 tokens and 3 heads: 12 ms against 28; 8 rows of
+    512 and 4 heads: 24 against 60). The price: scores are rounded to q's type, and their softmax is kept for backward.
+    """
+    (B, H, T, d_head), (_, K, S, _) = q.shape, k.shape
     if q.device.type != "cpu":      # is_causal would align the mask to the top left, as if nothing had been seen
         mask = None if T in (1, S) else torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T == S > 1, enable_gqa=H != K)
-    # The H/K heads that share keys are multiplied as if they were one head with H/K times the queries.
-    q = (q * d_head ** -0.5).unflatten(1, (K, H // K))                     # [B, K, H/K, T, d_head]
-    y = []
-    for start in range(0, T, 128):
-        block = q[:, :, :, start:start + 128]                              # [B, K, H/K, n, d_head]
-        n = block.shape[3]
-        last = S - T + start + n                                           # what the last query of the block may look at
-        mask = torch.full((n, last), -torch.inf, dtype=q.dtype).triu(last - n + 1)
-        scores = (block.flatten(2, 3) @ k[:, :, :last].mT).unflatten(2, (-1, n)) + mask        # [B, K, H/K, n, last]
-        y.append((scores.softmax(-1).flatten(2, 3) @ v[:, :, :last]).unflatten(2, (-1, n)))
-    return torch.cat(y, 3).flatten(1, 2)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T == S > 1, enable_gqa=H != K)
+        return y.transpose(1, 2)
+    q = (q * d_head ** -0.5).unflatten(1, (K, H // K)).transpose(2, 3)     # [B, K, T, R, d_head]
+    flat = (x.reshape(B * K, -1, d_head) for x in (q, k, v))
+    y = BlockAttention.apply(*flat, H // K)                                # [B*K, T*R, d_head]
+    return y.view(B, K, T, -1).transpose(1, 2).reshape(B, T, H, d_head)
 
 
 class Attention(nn.Module):
@@ -285,7 +322,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(q_width, d, bias=False)
 
     def forward(self, x: Tensor, rotations: Tensor, cache: KVCache | None = None) -> Tensor:     # [B, T, D] -> [B, T, D]
-        c = self.config
+        c, x = self.config, x.to(compute_dtype(x))      # once: autocast would round it for q, for k and for v
         q = self.q_proj(x).unflatten(-1, (c.n_heads, c.d_head))           # [B, T, H, d_head]
         k = self.k_proj(x).unflatten(-1, (c.n_kv_heads, c.d_head))        # [B, T, K, d_head]
         v = self.v_proj(x).unflatten(-1, (c.n_kv_heads, c.d_head))        # [B, T, K, d_head]
@@ -295,8 +332,7 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, H or K, T, d_head]
         if cache is not None:
             k, v = (x.to(q.dtype) for x in cache.extend(self.layer, k, v))           # [B, K, seen + T, d_head]
-        y = attend(q, k, v)                                                # [B, H, T, d_head]
-        return self.o_proj(y.transpose(1, 2).flatten(2))
+        return self.o_proj(attend(q, k, v).flatten(2))
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Router and experts
@@ -340,11 +376,6 @@ class Router(nn.Module):
         return weights, experts, Routing(load.detach(), z_loss, balance_loss, torch.zeros_like(z_loss))
 
 
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The type autocast would give a matmul with `x`; its list knows neither grouped_mm nor our own Functions, so we ask it."""
-    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-
-
 class SwiGLU(nn.Module):
     """silu(gate) * up. A module without weights, so that quantize.py can hook what goes into the down projection."""
 
@@ -365,57 +396,77 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+def add_rows(y: Tensor, row: Tensor, kept: Tensor) -> Tensor:
+    """Sum of each token's rows: y [rows, D], row [N, A], kept [N, A] (0 for a dropped route) -> [N, D], no copy of the rows."""
+    return F.embedding_bag(row, y, mode="sum", per_sample_weights=kept)
+
+
 class ToRows(torch.autograd.Function):
     """Copy tokens to the rows of the experts' buffer; its opposite, FromRows, adds each token's rows up again.
 
-    Autograd would scatter the gradients back into zeroed buffers. But each row belongs to one route, so the gradient is a
-    gather, too, only along the inverse map. Idle rows compute with some token's numbers; no route reads them, so their gradient
-    is zero.
+    Autograd would scatter gradients into zeroed buffers. But each row belongs to one route: the way back of the one is the way
+    there of the other. Idle rows compute with some token's numbers, which nobody reads and which weigh nothing.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, token: Tensor, row: Tensor, kept: Tensor) -> Tensor:
-        """x [N, D], token [rows] (the token of each row), row [N*A] (the row of each route), kept [N, A] -> [rows, D]."""
+        """x [N, D], token [rows] (the token of each row), row [N, A] (the row of each route), kept [N, A] -> [rows, D]."""
         ctx.save_for_backward(row, kept)
         return x.index_select(0, token)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        row, kept = ctx.saved_tensors
-        return F.embedding_bag(row.view(kept.shape), grad, mode="sum", per_sample_weights=kept), None, None, None
+        return add_rows(grad, *ctx.saved_tensors), None, None, None
 
 
 class FromRows(torch.autograd.Function):
-    """y [rows, D], weights [N, A] (0 for a dropped route), owner [rows], row [N*A] -> sum over a token's routes [N, D].
-
-    embedding_bag is that sum, made without a copy of the rows. Backward again gathers, by `owner`, what autograd would scatter
-    into zeros.
-    """
-
     @staticmethod
-    def forward(ctx, y: Tensor, weights: Tensor, owner: Tensor, row: Tensor) -> Tensor:
-        ctx.save_for_backward(y, weights, owner, row)
-        return F.embedding_bag(row.view(weights.shape), y, mode="sum", per_sample_weights=weights)
+    def forward(ctx, y: Tensor, token: Tensor, row: Tensor, kept: Tensor) -> Tensor:
+        """y [rows, D], the rest as in ToRows -> [N, D]."""
+        ctx.save_for_backward(token)
+        return add_rows(y, row, kept)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        y, weights, owner, row = ctx.saved_tensors
-        (N, A), rows = weights.shape, len(owner)
-        grad_weights = (y.index_select(0, row).view(N, A, -1) * grad[:, None]).sum(-1)
-        scale = weights.new_zeros(rows).index_add_(0, row, weights.flatten())    # [rows] 0 for idle rows
-        return grad.index_select(0, owner // A) * scale[:, None], grad_weights, None, None
+        return grad.index_select(0, *ctx.saved_tensors), None, None, None
+
+
+def lay_out(held: Tensor, capacity: int, routes: int, unit: int, on_cpu: bool):
+    """Give the held [E] routes of every expert rows of a buffer, padded to whole units.
+
+    -> first row of each expert [E], number of rows, and what Experts.multiply must know: on a GPU where each expert's rows end,
+    [E]; on a CPU the experts of each group and the rows of each group.
+    """
+    if not on_cpu:          # the host must not wait for the counts: as many rows as there can ever be
+        height = (held + unit - 1) // unit * unit                          # [E]
+        ends, E = height.cumsum(0), len(held)                              # [E]
+        return ends - height, min(routes + E * (unit - 1), E * math.ceil(capacity / unit) * unit), ends.int()
+    # Six experts of similar load form a group in which all get as many rows as the fullest: one bmm, few idle rows, and what
+    # it reads and writes stays in the cache. With one bmm for all 60, each `capacity` rows high, a training step took 1.17 times
+    # as long (bench.py's shape); grouped_mm is a loop over experts on a CPU. Experts without routes get no rows: of 60, a single
+    # token wants four.
+    count = held.tolist()
+    by_load = sorted((e for e, n in enumerate(count) if n), key=count.__getitem__, reverse=True)
+    groups = [by_load[i:i + 6] for i in range(0, len(by_load), 6)]
+    begin, sizes = [0] * len(count), []
+    for group in groups:
+        height = math.ceil(count[group[0]] / unit) * unit
+        for place, e in enumerate(group):
+            begin[e] = sum(sizes) + place * height
+        sizes.append(len(group) * height)
+    return torch.tensor(begin), sum(sizes), (groups, sizes)
 
 
 class Experts(nn.Module):
-    """All routed experts of a layer as two stacked matrices, computed together: no loop over experts.
+    """All routed experts of a layer as two stacked matrices, many multiplied by one call.
 
     A loop would launch E small matmuls, most of the time waiting to start. Instead every (token, expert) route is given a
-    row of one buffer in which each expert's rows lie together; then a single call multiplies every group of rows by its own
-    expert's matrix. Two layouts of that buffer, as in the paper:
+    row of one buffer in which each expert's rows lie together; then one call multiplies many experts' rows, each by that
+    expert's matrix. The two modes of the paper:
 
-      drop-and-pad (pre-/mid-training)   every expert owns `capacity` rows: one batched matmul of fixed shape; routes beyond
-                                         the capacity are dropped (the residual carries the token on)
-      dropless (SFT, QAT, inference)     every expert owns as many rows as it has routes: a grouped matmul; nothing is lost
+      drop-and-pad (pre-/mid-training)   an expert takes at most `capacity` routes and drops the others (the residual carries
+                                         those tokens on), so that one overloaded expert cannot hold up all the rest
+      dropless (SFT, QAT, inference)     every expert takes all its routes; nothing is lost
     """
 
     def __init__(self, config: Config):
@@ -423,48 +474,47 @@ class Experts(nn.Module):
         E, D, width = config.n_routed, config.d_model, config.expert_width
         self.gate_up_proj = nn.Parameter(torch.empty(E, D, 2 * width))     # gate in the first F columns, up in the last
         self.down_proj = nn.Parameter(torch.empty(E, width, D))
-        self.swiglu = SwiGLU()
+        self.swiglu, self.n_routed = SwiGLU(), E
 
     def forward(self, x: Tensor, weights: Tensor, experts: Tensor, capacity_factor: float | None) -> tuple[Tensor, Tensor]:
         """x [N, D], weights [N, A], experts [N, A] -> weighted sum of the experts' outputs [N, D], fraction dropped."""
-        dtype = compute_dtype(x)
-        gate_up, down = self.gate_up_proj.to(dtype), self.down_proj.to(dtype)
-        (N, A), (E, D, _) = experts.shape, gate_up.shape
-        expert = experts.flatten()                                         # [N*A] the expert of each route
+        x = x.to(compute_dtype(x))
+        (N, A), E = experts.shape, self.n_routed
+        expert, route = experts.flatten(), torch.arange(N * A, device=x.device)                    # [N*A] each route's expert
         count = torch.zeros(E, dtype=torch.int64, device=x.device).scatter_add_(0, expert, torch.ones_like(expert))
         # A counting sort gives each route its rank among the routes of its expert, in the order of the tokens.
         order = expert.argsort(stable=True)                                # [N*A] routes grouped by expert
         first = count.cumsum(0) - count                                    # [E] where each group starts in that order
-        rank = torch.empty_like(expert)
-        rank[order] = torch.arange(N * A, device=x.device) - first[expert[order]]
+        rank = torch.empty_like(expert).index_copy_(0, order, route - first[expert[order]])        # [N*A]
 
-        if capacity_factor is None:
-            # Groups are padded to whole blocks of rows: on a CPU every new number of rows costs a kernel build (oneDNN), so
-            # few different numbers are worth a few idle rows. The buffer's size does not depend on the counts, so a GPU
-            # need not wait to be told it.
-            block = min(64, N)
-            padded = (count + block - 1) // block * block                  # [E]
-            ends = padded.cumsum(0)                                        # [E]
-            row = (ends - padded)[expert] + rank                           # [N*A] each route's row in the buffer
-            rows, kept = min(N * A + E * (block - 1), E * math.ceil(N / block) * block), torch.ones_like(weights)
-        else:
-            capacity = math.ceil(min(capacity_factor * A / E, 1) * N)
-            kept = (rank < capacity).view(N, A).to(weights.dtype)          # [N, A] 1 or 0
-            row = torch.where(rank < capacity, expert * capacity + rank, E * capacity)     # one row more takes all the dropped
-            rows = E * capacity
+        capacity = N if capacity_factor is None else math.ceil(min(capacity_factor * A / E, 1) * N)
+        # Units, because a CPU builds a kernel for each new number of rows (oneDNN), and a GPU's grouped_mm wants groups that
+        # start at multiples of 16 bytes.
+        begin, rows, layout = lay_out(count.clamp(max=capacity), capacity, N * A, min(16, N), x.device.type == "cpu")
+        fits = rank < capacity                                             # [N*A]
+        row = torch.where(fits, begin[expert] + rank, rows)                # [N*A] the row of each route; `rows` for the dropped
+        owner = torch.zeros(rows + 1, dtype=torch.int64, device=x.device).index_copy_(0, row, route)[:rows]    # idle rows say 0
+        # The weights go in before the down projection, where rows are narrow. An idle row weighs nothing.
+        weight = x.new_zeros(rows + 1).index_copy(0, row, weights.flatten().to(x.dtype))[:rows]
+        kept = fits.view(N, A).to(x.dtype)                                 # [N, A] 1 or 0
+        where = owner // A, row.clamp(max=rows - 1).view(N, A), kept       # [rows] the token of each row; [N, A], [N, A]
+        y = self.multiply(ToRows.apply(x, *where), weight.unsqueeze(1), layout)
+        return FromRows.apply(y, *where), 1 - kept.float().mean()
 
-        owner = torch.zeros(rows + 1, dtype=torch.int64, device=x.device)  # [rows] the route of each row; idle ones say 0
-        owner = owner.index_copy_(0, row, torch.arange(N * A, device=x.device))[:rows]
-        row = row.clamp(max=rows - 1)
-        weights = (weights * kept).to(dtype)                               # [N, A] a dropped route counts nothing
-        buffer = ToRows.apply(x.to(dtype), owner // A, row, kept.to(dtype))                        # [rows, D]
-        if capacity_factor is None:
-            h = self.swiglu(*F.grouped_mm(buffer, gate_up, offs=ends.int()).chunk(2, dim=-1))      # [rows, F]
-            y = F.grouped_mm(h, down, offs=ends.int())                     # [rows, D]
-        else:
-            h = torch.bmm(buffer.view(E, capacity, D), gate_up)            # [E, capacity, 2F]
-            y = torch.bmm(self.swiglu(*h.chunk(2, dim=-1)), down).view(-1, D)
-        return FromRows.apply(y, weights, owner, row), 1 - kept.mean()
+    def multiply(self, x: Tensor, weight: Tensor, layout) -> Tensor:
+        """Each row through its expert, times its weight: x [rows, D], weight [rows, 1], layout of lay_out -> [rows, D]."""
+        gate_up, down = self.gate_up_proj.to(x.dtype), self.down_proj.to(x.dtype)
+        if isinstance(layout, Tensor):
+            h = F.grouped_mm(x, gate_up, offs=layout)                      # [rows, 2F]
+            return F.grouped_mm(self.swiglu(*h.chunk(2, dim=-1)) * weight, down, offs=layout)
+        groups, sizes = layout
+        gate_up, down, y = gate_up.unbind(), down.unbind(), []
+        for group, part, w in zip(groups, x.split(sizes), weight.split(sizes)):
+            part, w = (t.view(len(group), -1, t.shape[1]) for t in (part, w))                      # [group, height, D or 1]
+            h = torch.bmm(part, torch.stack([gate_up[e] for e in group]))                          # [group, height, 2F]
+            h = self.swiglu(*h.chunk(2, dim=-1)) * w                       # [group, height, F]
+            y.append(torch.bmm(h, torch.stack([down[e] for e in group])).flatten(0, 1))
+        return torch.cat(y)
 
 
 class MoE(nn.Module):
@@ -480,6 +530,7 @@ class MoE(nn.Module):
     def forward(self, x: Tensor, capacity_factor: float | None) -> tuple[Tensor, Routing]:         # [B, T, D]
         flat = x.flatten(0, 1)                                             # [N, D]
         weights, experts, routing = self.router(flat, self.expert_bias)
+        flat = flat.to(compute_dtype(flat))             # once, for routed and shared experts
         y, dropped = self.experts(flat, weights, experts, capacity_factor)  # [N, D]
         if self.shared_expert is not None:
             y = y + self.shared_expert(flat)
@@ -510,10 +561,11 @@ class LinearCrossEntropy(torch.autograd.Function):
             part = x[start:start + chunk]                                  # [chunk, D]
             wanted = (targets[start:start + chunk] != -100).unsqueeze(1)   # [chunk, 1]
             target = targets[start:start + chunk].clamp(min=0).unsqueeze(1)
-            logp = F.log_softmax(part @ w.T, -1, dtype=torch.float32)      # [chunk, V]
-            loss -= (logp.gather(1, target) * wanted).sum()
+            p = F.softmax(part @ w.T, -1, dtype=torch.float32)             # [chunk, V]
+            # (A log_softmax would need exp() a second time. What is less likely than 1e-38 counts as 87.5 nats.)
+            loss -= (p.gather(1, target).clamp(min=1e-38).log() * wanted).sum()
             if want_grad:
-                grad = logp.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=torch.float32))
+                grad = p.scatter_add_(1, target, -torch.ones_like(target, dtype=torch.float32))
                 grad = grad.to(x.dtype)                                    # [chunk, V] softmax - onehot
                 grad_x[start:start + chunk] = (grad @ w) * wanted          # masked where it is narrow: D, not V
                 grad_w += grad.T @ (part * wanted)

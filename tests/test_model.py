@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import mobilemoe
 from mobilemoe import (
     PRESETS,
     Config,
@@ -22,6 +23,7 @@ from mobilemoe import (
     attend,
     config_from_dict,
     generate,
+    lay_out,
     rope_rotations,
     rotate,
 )
@@ -153,9 +155,17 @@ def naive_moe(moe: MoE, x, capacity_factor):
     return y, dropped / (N * c.active_routed)
 
 
+@pytest.fixture(params=["cpu", "gpu"])
+def layout(request, monkeypatch):
+    """The experts' rows laid out as for a CPU, and as for a GPU (grouped_mm), which a CPU can compute as well."""
+    if request.param == "gpu":
+        monkeypatch.setattr(mobilemoe, "lay_out", lambda *args: lay_out(*args[:-1], on_cpu=False))
+
+
 @pytest.mark.parametrize("capacity_factor", [None, 1.5, 0.6], ids=["dropless", "capacity 1.5", "capacity 0.6"])
 @pytest.mark.parametrize("n", [1, 2, 7, 64, 150])
 @pytest.mark.parametrize("config", [TEST, BARE], ids=["shared", "bare"])
+@pytest.mark.usefixtures("layout")
 def test_expert_layer_is_the_naive_loop_in_values_and_gradients(lively, config, n, capacity_factor):
     moe = lively(config).model.layers[0].feed_forward
     x, direction = torch.randn(2, n, config.d_model, generator=torch.Generator().manual_seed(n)).unbind()
@@ -181,6 +191,7 @@ def test_expert_layer_is_the_naive_loop_in_values_and_gradients(lively, config, 
         torch.testing.assert_close(grad, want_grads[name], rtol=1e-4, atol=2e-5 * scale)
 
 
+@pytest.mark.usefixtures("layout")
 @pytest.mark.parametrize("capacity_factor", [None, 1.5], ids=["dropless", "capacity 1.5"])
 def test_every_expert_may_be_busy_with_every_token(lively, capacity_factor):
     """As many active experts as there are: the buffer must have room for N rows of each, in whole blocks."""
@@ -329,16 +340,20 @@ def test_rope_scaling_is_a_step_at_8192():
     torch.testing.assert_close(scaled, torch.where(slowed, plain / 16, plain))
 
 
-@pytest.mark.parametrize("T, S", [(1, 1), (1, 300), (128, 128), (129, 129), (300, 300), (150, 300)])
+@pytest.mark.parametrize("T, S", [(1, 1), (1, 300), (64, 64), (65, 65), (300, 300), (150, 300)])
 @pytest.mark.parametrize("H, K", [(3, 1), (4, 2), (2, 2)])
 def test_attention_in_blocks_is_that_of_pytorch(T, S, H, K):
     """Values and gradients, for one block of queries and several, with and without tokens seen before."""
     torch.manual_seed(0)
-    q, k, v, grad = (torch.randn(2, heads, n, 16) for heads, n in ((H, T), (K, S), (K, S), (H, T)))
+    q, k, v, grad = (torch.randn(2, heads, n, 16) for heads, n in ((H, T), (K, S), (K, S), (T, H)))
     mask, results = torch.ones(T, S, dtype=torch.bool).tril(S - T), []
-    for function in (attend, lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)):
+
+    def pytorchs(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2)
+
+    for function in (attend, pytorchs):
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-        y = function(*leaves)
+        y = function(*leaves)                                                              # [B, T, H, d_head]
         y.backward(grad)
         results.append([y, *(x.grad for x in leaves)])
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)

@@ -180,12 +180,15 @@ def test_attached_model_computes_with_the_rounded_weights(lively, config):
 
 
 def test_every_matrix_gets_int8_inputs(lively, monkeypatch):
-    """What is rounded in each layer: what q, k and v read, o, what gate and up read, down, the experts' in and middle; then the
-    output layer's input."""
-    seen = []
+    """What is rounded in each layer: what q, k and v read, o, what gate and up read, down, the experts' in and, group by group,
+    middle; then the output layer's input."""
+    seen, middles, model = [], [], lively()
     monkeypatch.setattr(quantize, "fake_quant_activation", lambda x: seen.append(x) or int8_round_trip(x))
-    attach(lively())(tokens(1, 8))
-    assert len(seen) == 6 * TEST.n_layers + 1
+    for block in model.model.layers:
+        block.feed_forward.experts.swiglu.register_forward_hook(lambda _, inputs, output: middles.append(output))
+    attach(model)(tokens(1, 8))
+    assert len(seen) == 5 * TEST.n_layers + 1 + len(middles) and len(middles) >= TEST.n_layers
+    assert all(any(x is middle for x in seen) for middle in middles)
 
 
 def test_router_and_what_it_reads_stay_exact(lively):
