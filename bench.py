@@ -14,8 +14,8 @@ that train.py really uses:
     QAT                             dropless with INT4 attached, as the last stage trains
 
 The contenders take turns, one step each, and every ratio is the median over rounds of the ratio *within* a round: a computer
-that grows warm or busy slows all of them alike. What it is not: a measure of quality, which is train.py's report. The tokens
-are random, so routing is about as even as training keeps it.
+that grows warm or busy slows all of them alike. Routing is first made as even as training keeps it, since a fresh router sends
+some experts four times their share. What it is not: a measure of quality, which is train.py's report.
 """
 import argparse
 import copy
@@ -31,12 +31,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mobilemoe import PRESETS, Config, Experts, LinearCrossEntropy, MobileMoE, UserError, generate, run_main
+from mobilemoe import PRESETS, Config, Experts, LinearCrossEntropy, MobileMoE, Routing, UserError, generate, run_main
 from quantize import attach
 from train import TINY, matmul_dtype, optimizers, train_step
 
 SHAPE = Config(d_model=256, n_layers=6, n_heads=4, n_kv_heads=2, d_ff=1024, vocab_size=4096, max_context=512)
 CAPACITY = 1.5          # pre-training's, in the paper and in train.py
+LEARNING_RATE = 1e-6    # so small that routing stays as it is
 NEW_TOKENS = 32         # of one generate()
 # Rows of the table, since two places must spell them alike.
 PADDED, DROPLESS, LOOP, DENSE = "drop-and-pad", "dropless", "naive loop over experts", "dense, equal active size"
@@ -108,7 +109,7 @@ def glm_loss(glm: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 def adamw_step(model: nn.Module, loss: Callable, x: Tensor, y: Tensor) -> Callable[[], None]:
     """-> a function that trains `model` for one step on x, y [B, T]."""
-    opt, dtype = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True), matmul_dtype(x.device)
+    opt, dtype = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), fused=True), matmul_dtype(x.device)
 
     def step():
         with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
@@ -120,9 +121,17 @@ def adamw_step(model: nn.Module, loss: Callable, x: Tensor, y: Tensor) -> Callab
     return step
 
 
+@torch.no_grad()
+def balance(model: MobileMoE, x: Tensor, y: Tensor) -> Routing:
+    """Move the expert bias, without any training, until x [B, T] spreads over the experts; the routing after that."""
+    for i in range(40):
+        model.update_expert_bias(model(x, y)[1].load, 0.02 * 0.9 ** i)
+    return model(x, y, capacity_factor=CAPACITY)[1]
+
+
 def own_step(model: MobileMoE, x: Tensor, y: Tensor) -> Callable[[], None]:
     """One step exactly as train.py takes it."""
-    stage = dataclasses.replace(TINY["pretrain"], context=x.shape[1], batch=x.numel(), peak_lr=1e-4, capacity=CAPACITY)
+    stage = dataclasses.replace(TINY["pretrain"], context=x.shape[1], batch=x.numel(), peak_lr=LEARNING_RATE, capacity=CAPACITY)
     opts, batches = optimizers(model, TINY), SimpleNamespace(batch=lambda step, rows: (x, y))
     return lambda: train_step(model, opts, stage, batches, 1, 100, len(x))
 
@@ -236,6 +245,8 @@ def main():
           f"{args.context} tokens; {device}, {torch.get_num_threads()} threads, {str(matmul_dtype(device))[6:]}; "
           f"torch {torch.__version__}", flush=True)
 
+    load, _, _, dropped = balance(model, x, y)
+    print(f"load max:mean {(load.amax(1) / load.mean(1)).max():.2f}, {100 * dropped:.1f} % of the routes dropped", flush=True)
     glm = glm_steps(model, x, y)
     naive, quantised = naive_twin(model), attach(copy.deepcopy(model))
     steps = {PADDED: adamw_step(model, functools.partial(our_loss, model, CAPACITY), x, y),

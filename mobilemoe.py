@@ -442,9 +442,9 @@ def lay_out(held: Tensor, capacity: int, routes: int, unit: int, on_cpu: bool):
         ends, E = height.cumsum(0), len(held)                              # [E]
         return ends - height, min(routes + E * (unit - 1), E * math.ceil(capacity / unit) * unit), ends.int()
     # Six experts of similar load form a group in which all get as many rows as the fullest: one bmm, few idle rows, and what
-    # it reads and writes stays in the cache. With one bmm for all 60, each `capacity` rows high, a training step took 1.17 times
-    # as long (bench.py's shape); grouped_mm is a loop over experts on a CPU. Experts without routes get no rows: of 60, a single
-    # token wants four.
+    # it reads and writes stays in the cache. With one bmm for all 60, each `capacity` rows high, a training step of bench.py
+    # took 1.17 times as long; grouped_mm is a loop over experts on a CPU. An expert without routes gets no rows: of 60, a
+    # single token wants four.
     count = held.tolist()
     by_load = sorted((e for e, n in enumerate(count) if n), key=count.__getitem__, reverse=True)
     groups = [by_load[i:i + 6] for i in range(0, len(by_load), 6)]
