@@ -16,6 +16,7 @@ What it is not: it knows nothing of quantisation (quantize.py attaches that from
 Shapes use one alphabet everywhere:
     B batch   T tokens   D d_model   H query heads   K key/value heads   V vocabulary
     N = B*T tokens of a batch laid flat   E routed experts   A experts per token (top-k)   F width of one routed expert
+    S tokens attended to: T and those before them   R = H/K query heads of a key/value head   rows of the experts' buffer
 """
 import argparse
 import base64
@@ -231,7 +232,8 @@ def rotate(x: Tensor, rotations: Tensor) -> Tensor:
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The type autocast would give a matmul with `x`; its list knows neither grouped_mm nor our own Functions, so we ask it."""
+    """The type autocast would give a matmul with `x`. We ask because its list knows neither grouped_mm nor our own Functions,
+    and because what several matmuls read is better rounded once."""
     return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
 
 
@@ -252,39 +254,42 @@ class KVCache:
 
 
 class BlockAttention(torch.autograd.Function):
-    """Causal attention by plain matmuls, 64 queries at a time, so that little of what the mask hides is computed.
+    """Causal attention by plain matmuls, BLOCK queries at a time, so that little of what the mask hides is computed.
 
-    q [B*K, T*R, d_head] (scaled), k, v [B*K, S, d_head] -> [B*K, T*R, d_head]. The R = H/K heads that share keys stand as if
-    they were one head with R queries per token. By hand, because autograd copies every slice's gradient into zeros as large as
+    q [B*K, T*R, d_head] (scaled), k, v [B*K, S, d_head] -> [B*K, T*R, d_head]. The R heads that share keys stand as if they
+    were one head with R queries per token. By hand, because autograd copies every slice's gradient into zeros as large as
     the whole, and because the sum over keys of p * grad_p that the softmax's derivative needs is, much cheaper, y * grad_y.
     """
+    BLOCK = 64
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, R: int) -> Tensor:
-        y, probs, before = torch.empty_like(q), [], k.shape[1] - q.shape[1] // R     # S - T tokens came before the first query
-        mask = torch.full((64, 64), -torch.inf, dtype=q.dtype).triu(1).repeat_interleave(R, 0)     # [64*R, 64]
-        for rows in (slice(start, start + 64 * R) for start in range(0, q.shape[1], 64 * R)):
-            block = q[:, rows]                                             # [B*K, n*R, d_head] n = 64, or what is left
-            n = block.shape[1] // R
-            last = before + rows.start // R + n                            # what the last query of the block may look at
-            scores = block @ k[:, :last].mT                                # [B*K, n*R, last]
+        y, probs, step = torch.empty_like(q), [], BlockAttention.BLOCK
+        before = k.shape[1] - q.shape[1] // R                              # S - T: tokens before the first query
+        mask = torch.full((step, step), -torch.inf, dtype=q.dtype).triu(1).repeat_interleave(R, 0)     # [BLOCK*R, BLOCK]
+        for start in range(0, q.shape[1], step * R):
+            rows = slice(start, start + step * R)
+            part = q[:, rows]                                              # [B*K, n*R, d_head] n = BLOCK, or what is left
+            n = part.shape[1] // R
+            last = before + start // R + n                                 # what the last query of the block may look at
+            scores = part @ k[:, :last].mT                                 # [B*K, n*R, last]
             scores[:, :, -n:] += mask[:n * R, :n]
             p = scores.softmax(-1)
             y[:, rows] = p @ v[:, :last]
-            if ctx.needs_input_grad[0]:
+            if any(ctx.needs_input_grad):
                 probs.append(p)
         ctx.save_for_backward(q, k, v, y, *probs)
-        ctx.R = R
+        ctx.rows = step * R
         return y
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, grad: Tensor):                                       # [B*K, T*R, d_head]
         q, k, v, y, *probs = ctx.saved_tensors
-        along = (grad * y).sum(-1, keepdim=True)                           # [B*K, T*R, 1]
+        mean_grad = (grad * y).sum(-1, keepdim=True)                       # [B*K, T*R, 1] sum over keys of p * grad_p
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for i, p in enumerate(probs):                                      # [B*K, n*R, last]
-            rows, last = slice(64 * ctx.R * i, 64 * ctx.R * (i + 1)), p.shape[2]
-            grad_scores = (grad[:, rows] @ v[:, :last].mT).sub_(along[:, rows]).mul_(p)
+            rows, last = slice(ctx.rows * i, ctx.rows * (i + 1)), p.shape[2]
+            grad_scores = (grad[:, rows] @ v[:, :last].mT).sub_(mean_grad[:, rows]).mul_(p)        # [B*K, n*R, last]
             grad_q[:, rows] = grad_scores @ k[:, :last]
             grad_k[:, :last] += grad_scores.mT @ q[:, rows]
             grad_v[:, :last] += p.mT @ grad[:, rows]
@@ -296,7 +301,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
     A GPU has a kernel that never writes the scores to memory. The CPU's version of that kernel is slow, above all going back;
     BlockAttention takes 0.4 of its time (forward and backward, 16 rows of 256 tokens and 3 heads: 12 ms against 28; 8 rows of
-    512 and 4 heads: 24 against 60). The price: scores are rounded to q's type, and their softmax is kept for backward.
+    512 and 4 heads: 24 against 60). The price: scores, and the sums over blocks in k's and v's gradients, are
+    rounded to q's type, and the softmax is kept for backward.
     """
     (B, H, T, d_head), (_, K, S, _) = q.shape, k.shape
     if q.device.type != "cpu":      # is_causal would align the mask to the top left, as if nothing had been seen
@@ -377,7 +383,8 @@ class Router(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """silu(gate) * up. A module without weights, so that quantize.py can hook what goes into the down projection."""
+    """silu(gate) * up. A module without weights, so that quantize.py can round what it puts out: that, times a weight per row
+    (which INT8's scales take up), goes into the down projection."""
 
     def forward(self, gate: Tensor, up: Tensor) -> Tensor:
         return F.silu(gate) * up
@@ -393,6 +400,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(width, d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:              # [..., D] -> [..., D]
+        x = x.to(compute_dtype(x))
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -402,10 +410,11 @@ def add_rows(y: Tensor, row: Tensor, kept: Tensor) -> Tensor:
 
 
 class ToRows(torch.autograd.Function):
-    """Copy tokens to the rows of the experts' buffer; its opposite, FromRows, adds each token's rows up again.
+    """Copy tokens to the rows of the experts' buffer. Its opposite, FromRows, adds each token's rows up again.
 
-    Autograd would scatter gradients into zeroed buffers. But each row belongs to one route: the way back of the one is the way
-    there of the other. Idle rows compute with some token's numbers, which nobody reads and which weigh nothing.
+    Autograd would scatter gradients into zeroed buffers. But each row belongs to one route, so ToRows goes back as FromRows
+    goes there, and the reverse. Idle rows hold token 0's numbers and get token 0's gradient: both meet the weight 0 in
+    Experts.multiply and end there.
     """
 
     @staticmethod
@@ -420,6 +429,8 @@ class ToRows(torch.autograd.Function):
 
 
 class FromRows(torch.autograd.Function):
+    """Each token's sum over its rows, the opposite of ToRows. Right only if idle rows weigh nothing (see there)."""
+
     @staticmethod
     def forward(ctx, y: Tensor, token: Tensor, row: Tensor, kept: Tensor) -> Tensor:
         """y [rows, D], the rest as in ToRows -> [N, D]."""
@@ -431,7 +442,7 @@ class FromRows(torch.autograd.Function):
         return grad.index_select(0, *ctx.saved_tensors), None, None, None
 
 
-def lay_out(held: Tensor, capacity: int, routes: int, unit: int, on_cpu: bool):
+def lay_out(held: Tensor, capacity: int, routes: int, unit: int, on_cpu: bool) -> tuple[Tensor, int, Tensor | tuple]:
     """Give the held [E] routes of every expert rows of a buffer, padded to whole units.
 
     -> first row of each expert [E], number of rows, and what Experts.multiply must know: on a GPU where each expert's rows end,
@@ -474,45 +485,49 @@ class Experts(nn.Module):
         E, D, width = config.n_routed, config.d_model, config.expert_width
         self.gate_up_proj = nn.Parameter(torch.empty(E, D, 2 * width))     # gate in the first F columns, up in the last
         self.down_proj = nn.Parameter(torch.empty(E, width, D))
-        self.swiglu, self.n_routed = SwiGLU(), E
+        self.swiglu = SwiGLU()
+        self.n_routed = E       # not read off a weight: under QAT each reading rounds the whole weight anew
 
     def forward(self, x: Tensor, weights: Tensor, experts: Tensor, capacity_factor: float | None) -> tuple[Tensor, Tensor]:
         """x [N, D], weights [N, A], experts [N, A] -> weighted sum of the experts' outputs [N, D], fraction dropped."""
         x = x.to(compute_dtype(x))
         (N, A), E = experts.shape, self.n_routed
         expert, route = experts.flatten(), torch.arange(N * A, device=x.device)                    # [N*A] each route's expert
-        count = torch.zeros(E, dtype=torch.int64, device=x.device).scatter_add_(0, expert, torch.ones_like(expert))
+        count = torch.zeros(E, dtype=torch.int64, device=x.device).scatter_add_(0, expert, torch.ones_like(expert))    # [E]
         # A counting sort gives each route its rank among the routes of its expert, in the order of the tokens.
         order = expert.argsort(stable=True)                                # [N*A] routes grouped by expert
         first = count.cumsum(0) - count                                    # [E] where each group starts in that order
         rank = torch.empty_like(expert).index_copy_(0, order, route - first[expert[order]])        # [N*A]
 
         capacity = N if capacity_factor is None else math.ceil(min(capacity_factor * A / E, 1) * N)
-        # Units, because a CPU builds a kernel for each new number of rows (oneDNN), and a GPU's grouped_mm wants groups that
-        # start at multiples of 16 bytes.
+        # Units of 16 rows, since a CPU builds a kernel for each new number of rows (oneDNN), and since a GPU sums the weights'
+        # gradients over rows in pieces of 16 bytes. But one token must not become 16.
         begin, rows, layout = lay_out(count.clamp(max=capacity), capacity, N * A, min(16, N), x.device.type == "cpu")
         fits = rank < capacity                                             # [N*A]
         row = torch.where(fits, begin[expert] + rank, rows)                # [N*A] the row of each route; `rows` for the dropped
         owner = torch.zeros(rows + 1, dtype=torch.int64, device=x.device).index_copy_(0, row, route)[:rows]    # idle rows say 0
         # The weights go in before the down projection, where rows are narrow. An idle row weighs nothing.
-        weight = x.new_zeros(rows + 1).index_copy(0, row, weights.flatten().to(x.dtype))[:rows]
+        row_weight = x.new_zeros(rows + 1).index_copy(0, row, weights.flatten().to(x.dtype))[:rows]            # [rows]
+        # A dropped route reads row 0, always somebody's, and counts it 0 times: grouped_mm leaves the rows past the last
+        # expert's unwritten, and 0 * NaN is NaN.
         kept = fits.view(N, A).to(x.dtype)                                 # [N, A] 1 or 0
-        where = owner // A, row.clamp(max=rows - 1).view(N, A), kept       # [rows] the token of each row; [N, A], [N, A]
-        y = self.multiply(ToRows.apply(x, *where), weight.unsqueeze(1), layout)
-        return FromRows.apply(y, *where), 1 - kept.float().mean()
+        maps = owner // A, row.where(fits, 0).view(N, A), kept             # token of each row [rows], row of each route [N, A]
+        y = self.multiply(ToRows.apply(x, *maps), row_weight.unsqueeze(1), layout)                 # [rows, D]
+        return FromRows.apply(y, *maps), 1 - kept.float().mean()
 
-    def multiply(self, x: Tensor, weight: Tensor, layout) -> Tensor:
-        """Each row through its expert, times its weight: x [rows, D], weight [rows, 1], layout of lay_out -> [rows, D]."""
-        gate_up, down = self.gate_up_proj.to(x.dtype), self.down_proj.to(x.dtype)
-        if isinstance(layout, Tensor):
-            h = F.grouped_mm(x, gate_up, offs=layout)                      # [rows, 2F]
-            return F.grouped_mm(self.swiglu(*h.chunk(2, dim=-1)) * weight, down, offs=layout)
+    def multiply(self, buffer: Tensor, row_weight: Tensor, layout: Tensor | tuple) -> Tensor:
+        """Each row through its expert, times its weight: [rows, D], [rows, 1], layout from lay_out -> [rows, D]."""
+        gate_up, down = self.gate_up_proj.to(buffer.dtype), self.down_proj.to(buffer.dtype)
+        if isinstance(layout, Tensor):                  # a GPU
+            h = F.grouped_mm(buffer, gate_up, offs=layout)                 # [rows, 2F]
+            return F.grouped_mm(self.swiglu(*h.chunk(2, dim=-1)) * row_weight, down, offs=layout)
         groups, sizes = layout
+        # unbind and stack: an index would have a gradient as large as all experts, once for each group.
         gate_up, down, y = gate_up.unbind(), down.unbind(), []
-        for group, part, w in zip(groups, x.split(sizes), weight.split(sizes)):
-            part, w = (t.view(len(group), -1, t.shape[1]) for t in (part, w))                      # [group, height, D or 1]
-            h = torch.bmm(part, torch.stack([gate_up[e] for e in group]))                          # [group, height, 2F]
-            h = self.swiglu(*h.chunk(2, dim=-1)) * w                       # [group, height, F]
+        for group, x, weight in zip(groups, buffer.split(sizes), row_weight.split(sizes)):
+            x = x.view(len(group), -1, x.shape[1])                         # [group, height, D]
+            h = torch.bmm(x, torch.stack([gate_up[e] for e in group]))     # [group, height, 2F]
+            h = self.swiglu(*h.chunk(2, dim=-1)) * weight.view(len(group), -1, 1)                  # [group, height, F]
             y.append(torch.bmm(h, torch.stack([down[e] for e in group])).flatten(0, 1))
         return torch.cat(y)
 
@@ -530,7 +545,7 @@ class MoE(nn.Module):
     def forward(self, x: Tensor, capacity_factor: float | None) -> tuple[Tensor, Routing]:         # [B, T, D]
         flat = x.flatten(0, 1)                                             # [N, D]
         weights, experts, routing = self.router(flat, self.expert_bias)
-        flat = flat.to(compute_dtype(flat))             # once, for routed and shared experts
+        flat = flat.to(compute_dtype(flat))     # once, for both; training INT4 in BF16, it is BF16 numbers that INT8 rounds
         y, dropped = self.experts(flat, weights, experts, capacity_factor)  # [N, D]
         if self.shared_expert is not None:
             y = y + self.shared_expert(flat)
@@ -562,7 +577,8 @@ class LinearCrossEntropy(torch.autograd.Function):
             wanted = (targets[start:start + chunk] != -100).unsqueeze(1)   # [chunk, 1]
             target = targets[start:start + chunk].clamp(min=0).unsqueeze(1)
             p = F.softmax(part @ w.T, -1, dtype=torch.float32)             # [chunk, V]
-            # (A log_softmax would need exp() a second time. What is less likely than 1e-38 counts as 87.5 nats.)
+            # Not log_softmax, which needs exp() again for the gradient. A probability below 1e-38 counts as 87.5 nats; its
+            # gradient stays exact.
             loss -= (p.gather(1, target).clamp(min=1e-38).log() * wanted).sum()
             if want_grad:
                 grad = p.scatter_add_(1, target, -torch.ones_like(target, dtype=torch.float32))
