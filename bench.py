@@ -4,8 +4,8 @@
     python bench.py --preset S --batch 1 --device cuda
 
 A training step is forward, loss, backward, clipping and optimizer, in BF16 where the hardware multiplies that faster than FP32.
-Everybody gets the same weights, the same tokens and the same fused AdamW; one row more shows this model with the optimizers
-that train.py really uses:
+Everybody gets the same weights, the same batches, a new one in every step, and the same fused AdamW; one row more shows this
+model with the optimizers that train.py really uses:
 
     drop-and-pad, dropless          this model in its two dispatch modes (mobilemoe.Experts)
     naive loop                      this model with the loop over experts that everybody writes first
@@ -14,14 +14,19 @@ that train.py really uses:
     QAT                             dropless with INT4 attached, as the last stage trains
 
 The contenders take turns, one step each, and every ratio is the median over rounds of the ratio *within* a round: a computer
-that grows warm or busy slows all of them alike. Routing is first made as even as training keeps it, since a fresh router sends
-some experts four times their share. What it is not: a measure of quality, which is train.py's report.
+that grows warm or busy slows all of them alike. What it is not: a measure of quality, which is train.py's report.
+
+Two things decide who looks fast. Routing must be about as even as training keeps it (train.py: 1.5:1), but a fresh model sends
+some experts four times their share: so embeddings are drawn larger, as what a token is must outweigh what its batch has in
+common, and the expert bias is moved first. And experts must get other numbers of tokens in every step, as in training: a CPU
+builds a kernel for each new number (oneDNN), and the kernels it has built must not be all that it needs.
 """
 import argparse
 import copy
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -107,13 +112,20 @@ def glm_loss(glm: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(glm(x, use_cache=False).logits.float().flatten(0, 1), y.flatten())
 
 
-def adamw_step(model: nn.Module, loss: Callable, x: Tensor, y: Tensor) -> Callable[[], None]:
-    """-> a function that trains `model` for one step on x, y [B, T]."""
-    opt, dtype = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), fused=True), matmul_dtype(x.device)
+def draw_batches(config: Config, rows: int, context: int, n: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """n pairs x, y [B, T] of random tokens."""
+    return [(x, y) for x, y in torch.randint(config.vocab_size, (n, 2, rows, context), device=device)]
+
+
+def adamw_step(model: nn.Module, loss: Callable, batches: list) -> Callable[[], None]:
+    """-> a function that trains `model` for one step, on the next batch each time."""
+    device = batches[0][0].device
+    opt, dtype = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), fused=True), matmul_dtype(device)
+    source = itertools.cycle(batches)
 
     def step():
-        with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
-            value = loss(x, y)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            value = loss(*next(source))
         value.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         opt.step()
@@ -122,40 +134,43 @@ def adamw_step(model: nn.Module, loss: Callable, x: Tensor, y: Tensor) -> Callab
 
 
 @torch.no_grad()
-def balance(model: MobileMoE, x: Tensor, y: Tensor) -> Routing:
-    """Move the expert bias, without training, until x [B, T] spreads over the experts; the routing after that."""
-    dtype = matmul_dtype(x.device)
-    with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
-        for i in range(40):     # by 0.02 at first, 0.0003 at last: a fresh router's scores are 0.5 and a little
+def balance(model: MobileMoE, batches: list) -> Routing:
+    """Move the expert bias, without training, until tokens spread over the experts; the routing of a batch after that."""
+    device = batches[0][0].device
+    dtype = matmul_dtype(device)
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        for i, (x, y) in zip(range(40), itertools.cycle(batches)):
+            # by 0.02 at first, 0.0003 at last: a fresh router's scores are 0.5 and a little
             model.update_expert_bias(model(x, y)[1].load, 0.02 * 0.9 ** i)
-        return model(x, y, capacity_factor=CAPACITY)[1]
+        return model(*batches[0], capacity_factor=CAPACITY)[1]
 
 
-def own_step(model: MobileMoE, x: Tensor, y: Tensor) -> Callable[[], None]:
+def own_step(model: MobileMoE, batches: list) -> Callable[[], None]:
     """One step exactly as train.py takes it."""
-    stage = dataclasses.replace(TINY["pretrain"], context=x.shape[1], batch=x.numel(), peak_lr=LEARNING_RATE, capacity=CAPACITY)
-    opts, batches = optimizers(model, TINY), SimpleNamespace(batch=lambda step, rows: (x, y))
-    return lambda: train_step(model, opts, stage, batches, 1, 100, len(x))
+    B, T = batches[0][0].shape
+    stage = dataclasses.replace(TINY["pretrain"], context=T, batch=B * T, peak_lr=LEARNING_RATE, capacity=CAPACITY)
+    opts, source = optimizers(model, TINY), itertools.cycle(batches)
+    return lambda: train_step(model, opts, stage, SimpleNamespace(batch=lambda step, rows: next(source)), 1, 100, B)
 
 
-def glm_steps(model: MobileMoE, x: Tensor, y: Tensor) -> dict[str, Callable]:
+def glm_steps(model: MobileMoE, batches: list) -> dict[str, Callable]:
     """Try every experts implementation of transformers for two steps; the two fastest by name. Empty if not installed."""
     if importlib.util.find_spec("transformers") is None:
         print("transformers is not installed (`pip install transformers`): left out", flush=True)
         return {}
-    trials = []
+    trials, tokens, device = [], batches[0][0].numel(), batches[0][0].device
     for implementation, weights in (("eager", "FP32"), ("batched_mm", "FP32"), ("grouped_mm", "FP32"), ("grouped_mm", "BF16")):
         c, label = model.config, f"transformers {implementation}, {weights} weights"
-        gathered = x.numel() * c.active_routed * 3 * c.d_model * c.expert_width * 4 * c.n_layers
+        gathered = tokens * c.active_routed * 3 * c.d_model * c.expert_width * 4 * c.n_layers
         if implementation == "batched_mm" and gathered > 8e9:   # it copies an expert's matrices for every route
             print(f"{label}: would hold {gathered / 1e9:.0f} GB of copied weights, left out", flush=True)
             continue
         # grouped_mm does not obey autocast: FP32 weights are multiplied in FP32. So it may hold all its weights in BF16, too
         # (no way to train well, as updates below 0.4 % of a weight round to nothing, but here only time counts).
         glm = glm_twin(model, implementation).to(torch.bfloat16 if weights == "BF16" else torch.float32)
-        step = adamw_step(glm, functools.partial(glm_loss, glm), x, y)
-        _, seconds = timed(step, x.device), timed(step, x.device)          # the first one builds kernels
-        print(f"{label}: {x.numel() / seconds:,.0f} tok/s", flush=True)
+        step = adamw_step(glm, functools.partial(glm_loss, glm), batches)
+        _, seconds = timed(step, device), timed(step, device)              # the first one builds most kernels
+        print(f"{label}: {tokens / seconds:,.0f} tok/s", flush=True)
         trials = sorted([*trials, (seconds, label, step)])[:2]             # the memory of slower ones is free again
     return {label: step for _, label, step in trials}
 
@@ -241,28 +256,29 @@ def main():
     # Matrices of zeros, with which `tiny` starts, could flatter somebody.
     config = dataclasses.replace(PRESETS.get(args.preset, SHAPE), zero_init_outputs=False)
     model = MobileMoE(config).to(device)
+    nn.init.normal_(model.model.embed_tokens.weight, std=0.2)
     dense = MobileMoE(dataclasses.replace(config, n_experts=1, granularity=1, shared_expert=False, top_k=0)).to(device)
-    x, y = torch.randint(config.vocab_size, (2, args.batch, args.context), device=device)      # [B, T] each
+    batches, tokens = draw_batches(config, args.batch, args.context, args.rounds + 1, device), args.batch * args.context
     print(f"{config.total_params() / 1e6:.1f}M parameters, {config.active_params() / 1e6:.1f}M active; {args.batch} x "
           f"{args.context} tokens; {device}, {torch.get_num_threads()} threads, {str(matmul_dtype(device))[6:]}; "
           f"torch {torch.__version__}", flush=True)
 
-    load, _, _, dropped = balance(model, x, y)          # load [layers, E]
+    load, _, _, dropped = balance(model, batches)        # load [layers, E]
     print(f"load max:mean {(load.amax(1) / load.mean(1)).max():.2f}, {100 * dropped:.1f} % of the routes dropped", flush=True)
-    glm = glm_steps(model, x, y)
+    glm = glm_steps(model, batches)
     naive, quantised = naive_twin(model), attach(copy.deepcopy(model))
-    steps = {PADDED: adamw_step(model, functools.partial(our_loss, model, CAPACITY), x, y),
-             DROPLESS: adamw_step(model, functools.partial(our_loss, model, None), x, y),
-             QAT: adamw_step(quantised, functools.partial(our_loss, quantised, None), x, y),
-             DENSE: adamw_step(dense, functools.partial(our_loss, dense, None), x, y),
-             LOOP: adamw_step(naive, functools.partial(our_loss, naive, None), x, y)} | glm
-    steps[OWN] = own_step(copy.deepcopy(model), x, y)
-    talker, prompt = copy.deepcopy(model).eval(), x[0, :NEW_TOKENS].tolist()
-    extras = {"generate()": lambda: generate(talker, prompt, NEW_TOKENS, temperature=0)} | losses(config, x.numel(), device)
+    steps = {PADDED: adamw_step(model, functools.partial(our_loss, model, CAPACITY), batches),
+             DROPLESS: adamw_step(model, functools.partial(our_loss, model, None), batches),
+             QAT: adamw_step(quantised, functools.partial(our_loss, quantised, None), batches),
+             DENSE: adamw_step(dense, functools.partial(our_loss, dense, None), batches),
+             LOOP: adamw_step(naive, functools.partial(our_loss, naive, None), batches)} | glm
+    steps[OWN] = own_step(copy.deepcopy(model), batches)
+    talker, prompt = copy.deepcopy(model).eval(), batches[0][0][0, :NEW_TOKENS].tolist()
+    extras = {"generate()": lambda: generate(talker, prompt, NEW_TOKENS, temperature=0)} | losses(config, tokens, device)
     seconds = interleave(steps | extras, args.rounds, device)
 
-    report(seconds, dict.fromkeys(steps, x.numel()) | {"generate()": NEW_TOKENS}, list(glm))
-    print(f"\nloss and its gradients, N {x.numel()}, V {config.vocab_size}: "
+    report(seconds, dict.fromkeys(steps, tokens) | {"generate()": NEW_TOKENS}, list(glm))
+    print(f"\nloss and its gradients, N {tokens}, V {config.vocab_size}: "
           + ", ".join(f"{name} {1e3 * statistics.median(seconds[name]):.0f} ms" for name in list(extras)[1:]))
 
 

@@ -56,8 +56,8 @@ def test_the_loop_is_a_loop(model, batch, monkeypatch):
 @pytest.mark.parametrize("kind", ["adamw", "own"])
 def test_a_timed_step_moves_every_parameter(model, batch, kind):
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    step = (bench.own_step(model, *batch) if kind == "own"
-            else bench.adamw_step(model, functools.partial(bench.our_loss, model, bench.CAPACITY), *batch))
+    step = (bench.own_step(model, [batch]) if kind == "own"
+            else bench.adamw_step(model, functools.partial(bench.our_loss, model, bench.CAPACITY), [batch]))
     step()
     for name, p in model.named_parameters():
         assert p.isfinite().all() and not torch.equal(p, before[name]), name
