@@ -165,6 +165,10 @@ def processes_with(text: str) -> list[int]:
     return found
 
 
+def obey_ctrl_c():
+    signal.signal(signal.SIGINT, signal.SIG_DFL)        # a shell's background job ignores it, and so do its children
+
+
 def test_ctrl_c_ends_the_children(tmp_path):
     script = tmp_path / "profile_device.py"             # a name of its own, to tell its children from others'
     script.symlink_to(Path(profile_device.__file__))
@@ -173,7 +177,8 @@ def test_ctrl_c_ends_the_children(tmp_path):
         "import types, profile_device as p\n"
         "p.embedded_corpus = lambda: types.SimpleNamespace(train={'prose': ['some words ' * 9000]})\np.run_main(p.main)\n")
     process = subprocess.Popen([sys.executable, tmp_path / "run.py", "--preset", "tiny", "--contexts", "8192", "--repeats",
-                                "99", "--threads", "1", "--out", tmp_path], stderr=subprocess.PIPE, start_new_session=True)
+                                "99", "--threads", "1", "--out", tmp_path], stderr=subprocess.PIPE, start_new_session=True,
+                               preexec_fn=obey_ctrl_c)
     for _ in range(300):
         if processes_with(f"{script}\0--child"):
             break
@@ -399,7 +404,7 @@ def test_stand_in_adb_phone_that_falls_silent_is_given_up(stand_in_adb, files, r
 def test_stand_in_adb_ctrl_c_leaves_nothing(stand_in_adb, files):
     stand_in_adb.script(stand_in_adb.android / "llama-completion", STAND_IN_LLAMA_COMPLETION, extra="time.sleep(60)")
     process = subprocess.Popen([sys.executable, profile_device.__file__, *map(str, on_phone(stand_in_adb, files)[1:])],
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, preexec_fn=obey_ctrl_c)
     for _ in range(400):
         if processes_with(f"{stand_in_adb.root}/mobilemoe-profile/llama-completion\0"):
             break
