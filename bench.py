@@ -36,7 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mobilemoe import PRESETS, Config, Experts, LinearCrossEntropy, MobileMoE, Routing, UserError, generate, run_main
+from mobilemoe import PRESETS, Config, Experts, LinearCrossEntropy, MobileMoE, Routing, UserError, attend, generate, run_main
 from quantize import attach
 from train import TINY, matmul_dtype, optimizers, train_step
 
@@ -112,14 +112,9 @@ def glm_loss(glm: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(glm(x, use_cache=False).logits.float().flatten(0, 1), y.flatten())
 
 
-def draw_batches(config: Config, rows: int, context: int, n: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-    """n pairs x, y [B, T] of random tokens."""
-    return [(x, y) for x, y in torch.randint(config.vocab_size, (n, 2, rows, context), device=device)]
-
-
-def adamw_step(model: nn.Module, loss: Callable, batches: list) -> Callable[[], None]:
-    """-> a function that trains `model` for one step, on the next batch each time."""
-    device = batches[0][0].device
+def adamw_step(model: nn.Module, loss: Callable, batches: tuple[Tensor, ...]) -> Callable[[], None]:
+    """-> a function that trains `model` for one step, on the next of the batches [2, B, T] (x and y) each time."""
+    device = batches[0].device
     opt, dtype = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), fused=True), matmul_dtype(device)
     source = itertools.cycle(batches)
 
@@ -134,9 +129,9 @@ def adamw_step(model: nn.Module, loss: Callable, batches: list) -> Callable[[], 
 
 
 @torch.no_grad()
-def balance(model: MobileMoE, batches: list) -> Routing:
+def balance(model: MobileMoE, batches: tuple[Tensor, ...]) -> Routing:
     """Move the expert bias, without training, until tokens spread over the experts; the routing of a batch after that."""
-    device = batches[0][0].device
+    device = batches[0].device
     dtype = matmul_dtype(device)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         for i, (x, y) in zip(range(40), itertools.cycle(batches)):
@@ -145,7 +140,7 @@ def balance(model: MobileMoE, batches: list) -> Routing:
         return model(*batches[0], capacity_factor=CAPACITY)[1]
 
 
-def own_step(model: MobileMoE, batches: list) -> Callable[[], None]:
+def own_step(model: MobileMoE, batches: tuple[Tensor, ...]) -> Callable[[], None]:
     """One step exactly as train.py takes it."""
     B, T = batches[0][0].shape
     stage = dataclasses.replace(TINY["pretrain"], context=T, batch=B * T, peak_lr=LEARNING_RATE, capacity=CAPACITY)
@@ -153,12 +148,12 @@ def own_step(model: MobileMoE, batches: list) -> Callable[[], None]:
     return lambda: train_step(model, opts, stage, SimpleNamespace(batch=lambda step, rows: next(source)), 1, 100, B)
 
 
-def glm_steps(model: MobileMoE, batches: list) -> dict[str, Callable]:
+def glm_steps(model: MobileMoE, batches: tuple[Tensor, ...]) -> dict[str, Callable]:
     """Try every experts implementation of transformers for two steps; the two fastest by name. Empty if not installed."""
     if importlib.util.find_spec("transformers") is None:
         print("transformers is not installed (`pip install transformers`): left out", flush=True)
         return {}
-    trials, tokens, device = [], batches[0][0].numel(), batches[0][0].device
+    trials, tokens, device = [], batches[0][0].numel(), batches[0].device
     for implementation, weights in (("eager", "FP32"), ("batched_mm", "FP32"), ("grouped_mm", "FP32"), ("grouped_mm", "BF16")):
         c, label = model.config, f"transformers {implementation}, {weights} weights"
         gathered = tokens * c.active_routed * 3 * c.d_model * c.expert_width * 4 * c.n_layers
@@ -205,19 +200,29 @@ def ratio(seconds: dict[str, list[float]], ours: str, theirs: str) -> float:
     return statistics.median(b / a for a, b in zip(seconds[ours], seconds[theirs]))
 
 
+def gradients(function: Callable[..., Tensor], *inputs: Tensor) -> Callable[[], None]:
+    """-> a function that computes `function` of the inputs there and back."""
+    return lambda: torch.autograd.grad(function(*inputs).sum(), inputs) and None
+
+
 def losses(config: Config, n: int, device: torch.device) -> dict[str, Callable[[], None]]:
     """Three ways from the last hidden states [N, D] to the loss and its gradients: forward and backward."""
     dtype = matmul_dtype(device)
     x = torch.randn(n, config.d_model, device=device, dtype=dtype, requires_grad=True)
     weight = nn.Parameter(0.02 * torch.randn(config.vocab_size, config.d_model, device=device))
     targets = torch.randint(config.vocab_size, (n,), device=device)
+    return {"LinearCrossEntropy": gradients(lambda x, w: LinearCrossEntropy.apply(x, w, targets, True), x, weight),
+            "F.cross_entropy": gradients(lambda x, w: F.cross_entropy(F.linear(x, w.to(dtype)).float(), targets), x, weight),
+            "F.linear_cross_entropy": gradients(lambda x, w: F.linear_cross_entropy(
+                x, w.to(dtype), targets, options=nn.LinearCrossEntropyOptions()), x, weight)}      # in chunks, as ours
 
-    def gradients(loss: Callable[[], Tensor]):
-        return lambda: torch.autograd.grad(loss(), (x, weight)) and None
-    return {"LinearCrossEntropy": gradients(lambda: LinearCrossEntropy.apply(x, weight, targets, True)),
-            "F.cross_entropy": gradients(lambda: F.cross_entropy(F.linear(x, weight.to(dtype)).float(), targets)),
-            "F.linear_cross_entropy": gradients(lambda: F.linear_cross_entropy(
-                x, weight.to(dtype), targets, options=nn.LinearCrossEntropyOptions()))}            # in chunks, as ours
+
+def attentions(config: Config, rows: int, context: int, device: torch.device) -> dict[str, Callable[[], None]]:
+    """Our attention and PyTorch's, of one layer, forward and backward."""
+    q, k, v = (torch.randn(rows, heads, context, config.d_head, device=device, dtype=matmul_dtype(device), requires_grad=True)
+               for heads in (config.n_heads, config.n_kv_heads, config.n_kv_heads))                # [B, H or K, T, d_head]
+    sdpa = functools.partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
+    return {"attend": gradients(attend, q, k, v), "F.scaled_dot_product_attention": gradients(sdpa, q, k, v)}
 
 
 def report(seconds: dict[str, list[float]], tokens: dict[str, int], glm: list[str]):
@@ -258,12 +263,13 @@ def main():
     model = MobileMoE(config).to(device)
     nn.init.normal_(model.model.embed_tokens.weight, std=0.2)
     dense = MobileMoE(dataclasses.replace(config, n_experts=1, granularity=1, shared_expert=False, top_k=0)).to(device)
-    batches, tokens = draw_batches(config, args.batch, args.context, args.rounds + 1, device), args.batch * args.context
+    tokens, shape = args.batch * args.context, (args.rounds + 1, 2, args.batch, args.context)
+    batches = torch.randint(config.vocab_size, shape, device=device).unbind()                  # x and y of each: [2, B, T]
     print(f"{config.total_params() / 1e6:.1f}M parameters, {config.active_params() / 1e6:.1f}M active; {args.batch} x "
           f"{args.context} tokens; {device}, {torch.get_num_threads()} threads, {str(matmul_dtype(device))[6:]}; "
           f"torch {torch.__version__}", flush=True)
 
-    load, _, _, dropped = balance(model, batches)        # load [layers, E]
+    load, _, _, dropped = balance(model, batches)        # [layers, E], ..., scalar
     print(f"load max:mean {(load.amax(1) / load.mean(1)).max():.2f}, {100 * dropped:.1f} % of the routes dropped", flush=True)
     glm = glm_steps(model, batches)
     naive, quantised = naive_twin(model), attach(copy.deepcopy(model))
@@ -274,12 +280,15 @@ def main():
              LOOP: adamw_step(naive, functools.partial(our_loss, naive, None), batches)} | glm
     steps[OWN] = own_step(copy.deepcopy(model), batches)
     talker, prompt = copy.deepcopy(model).eval(), batches[0][0][0, :NEW_TOKENS].tolist()
-    extras = {"generate()": lambda: generate(talker, prompt, NEW_TOKENS, temperature=0)} | losses(config, tokens, device)
-    seconds = interleave(steps | extras, args.rounds, device)
+    parts = {f"loss and its gradients, N {tokens}, V {config.vocab_size}": losses(config, tokens, device),
+             "attention of a layer and its gradients": attentions(config, args.batch, args.context, device)}
+    speech = {"generate()": lambda: generate(talker, prompt, NEW_TOKENS, temperature=0)}
+    seconds = interleave(functools.reduce(dict.__or__, parts.values(), steps | speech), args.rounds, device)
 
     report(seconds, dict.fromkeys(steps, tokens) | {"generate()": NEW_TOKENS}, list(glm))
-    print(f"\nloss and its gradients, N {tokens}, V {config.vocab_size}: "
-          + ", ".join(f"{name} {1e3 * statistics.median(seconds[name]):.0f} ms" for name in list(extras)[1:]))
+    print()
+    for title, ways in parts.items():
+        print(f"{title}: " + ", ".join(f"{name} {1e3 * statistics.median(seconds[name]):.0f} ms" for name in ways))
 
 
 if __name__ == "__main__":

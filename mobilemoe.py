@@ -300,9 +300,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention of the last T positions of S: q [B, H, T, d_head], k, v [B, K, S, d_head] -> [B, T, H, d_head].
 
     A GPU has a kernel that never writes the scores to memory. The CPU's version of that kernel is slow, above all going back;
-    BlockAttention takes 0.4 of its time (forward and backward, 16 rows of 256 tokens and 3 heads: 12 ms against 28; 8 rows of
-    512 and 4 heads: 24 against 60). The price: scores, and the sums over blocks in k's and v's gradients, are
-    rounded to q's type, and the softmax is kept for backward.
+    BlockAttention takes 28 ms there and back against its 59 (`python bench.py`). The price: scores, and the sums over blocks in
+    the gradients of k and v, are rounded to q's type, and the softmax is kept for backward.
     """
     (B, H, T, d_head), (_, K, S, _) = q.shape, k.shape
     if q.device.type != "cpu":      # is_causal would align the mask to the top left, as if nothing had been seen
@@ -453,9 +452,9 @@ def lay_out(held: Tensor, capacity: int, routes: int, unit: int, on_cpu: bool) -
         ends, E = height.cumsum(0), len(held)                              # [E]
         return ends - height, min(routes + E * (unit - 1), E * math.ceil(capacity / unit) * unit), ends.int()
     # Six experts of similar load form a group in which all get as many rows as the fullest: one bmm, few idle rows, and what
-    # it reads and writes stays in the cache. With one bmm for all 60, each `capacity` rows high, a training step of bench.py
-    # took 1.17 times as long; grouped_mm is a loop over experts on a CPU. An expert without routes gets no rows: of 60, a
-    # single token wants four.
+    # it reads and writes stays in the cache. (One bmm for all, each `capacity` = 1.5 times the mean high, computes a third of
+    # its rows for nobody; grouped_mm is a loop over experts on a CPU.) An expert without routes gets no rows: of 60, a single
+    # token wants four.
     count = held.tolist()
     by_load = sorted((e for e, n in enumerate(count) if n), key=count.__getitem__, reverse=True)
     groups = [by_load[i:i + 6] for i in range(0, len(by_load), 6)]
@@ -561,7 +560,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     At the end of the network N*V logits outweigh everything else (16k tokens of a 128k vocabulary: 8 GB in FP32, several
     times over in backward). But d loss / d logits = softmax - onehot is known as soon as a row's logits are, so each chunk of
     rows turns into its loss *and* its gradients and is forgotten, while it is still in the cache. On two CPU cores
-    (`python bench.py`, N = V = 4096): 89 ms, F.cross_entropy on all logits 143 ms, F.linear_cross_entropy 183 ms.
+    (`python bench.py`, N = V = 4096): 91 ms, F.cross_entropy on all logits 180 ms, F.linear_cross_entropy 204 ms.
     """
 
     @staticmethod

@@ -56,8 +56,8 @@ def test_the_loop_is_a_loop(model, batch, monkeypatch):
 @pytest.mark.parametrize("kind", ["adamw", "own"])
 def test_a_timed_step_moves_every_parameter(model, batch, kind):
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    step = (bench.own_step(model, [batch]) if kind == "own"
-            else bench.adamw_step(model, functools.partial(bench.our_loss, model, bench.CAPACITY), [batch]))
+    step = (bench.own_step(model, (torch.stack(batch),)) if kind == "own"
+            else bench.adamw_step(model, functools.partial(bench.our_loss, model, bench.CAPACITY), (torch.stack(batch),)))
     step()
     for name, p in model.named_parameters():
         assert p.isfinite().all() and not torch.equal(p, before[name]), name
@@ -71,7 +71,7 @@ def test_a_run_prints_every_row_and_ratio_and_writes_nothing(call, tmp_path, mon
     assert code == 0, err
     for row in (bench.PADDED, bench.DROPLESS, bench.LOOP, bench.DENSE, bench.OWN, bench.QAT, "transformers", "generate()",
                 "drop-and-pad / transformers' best", "drop-and-pad / dense", "time of a QAT step / plain",
-                "LinearCrossEntropy", "F.linear_cross_entropy"):
+                "LinearCrossEntropy", "F.linear_cross_entropy", "attend", "F.scaled_dot_product_attention"):
         assert f"\n{row}" in out or f" {row}" in out, row
     assert not list(tmp_path.iterdir())
     assert len(re.findall(r"aim: at (?:least|most)", out)) == 3 and len(re.findall(r"\d x as fast", out)) == 8
