@@ -16,10 +16,13 @@ model with the optimizers that train.py really uses:
 The contenders take turns, one step each, and every ratio is the median over rounds of the ratio *within* a round: a computer
 that grows warm or busy slows all of them alike. What it is not: a measure of quality, which is train.py's report.
 
-Two things decide who looks fast. Routing must be about as even as training keeps it (train.py: 1.5:1), but a fresh model sends
-some experts four times their share: so embeddings are drawn larger, as what a token is must outweigh what its batch has in
-common, and the expert bias is moved first. And experts must get other numbers of tokens in every step, as in training: a CPU
-builds a kernel for each new number (oneDNN), and the kernels it has built must not be all that it needs.
+Three things decide who looks fast. Routing must be as uneven as training has it: on text, after 250 steps, a layer's fullest
+expert got 1.4 to 1.8 times the mean and its emptiest half of it, but a fresh model sends some experts four times their share.
+So tokens are as frequent as those of text (Zipf's law as Mandelbrot corrected it), embeddings are larger than train.py's at the
+start, as what a token is must outweigh what its batch has in common, and the expert bias is moved first. Experts must get other
+numbers of tokens in every step: a CPU builds a kernel for each new number (oneDNN), and those it has built must not be all that
+it needs. And memory must stay with the process, as in train.py: glibc's default is to hand it back, and who writes larger
+buffers suffers more from that.
 """
 import argparse
 import copy
@@ -27,6 +30,7 @@ import dataclasses
 import functools
 import importlib.util
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -38,7 +42,7 @@ from torch import Tensor, nn
 
 from mobilemoe import PRESETS, Config, Experts, LinearCrossEntropy, MobileMoE, Routing, UserError, attend, generate, run_main
 from quantize import attach
-from train import TINY, matmul_dtype, optimizers, train_step
+from train import TINY, keep_memory, matmul_dtype, optimizers, train_step
 
 SHAPE = Config(d_model=256, n_layers=6, n_heads=4, n_kv_heads=2, d_ff=1024, vocab_size=4096, max_context=512)
 CAPACITY = 1.5          # pre-training's, in the paper and in train.py
@@ -261,10 +265,11 @@ def main():
     # Matrices of zeros, with which `tiny` starts, could flatter somebody.
     config = dataclasses.replace(PRESETS.get(args.preset, SHAPE), zero_init_outputs=False)
     model = MobileMoE(config).to(device)
-    nn.init.normal_(model.model.embed_tokens.weight, std=0.2)
+    nn.init.normal_(model.model.embed_tokens.weight, std=0.1)
     dense = MobileMoE(dataclasses.replace(config, n_experts=1, granularity=1, shared_expert=False, top_k=0)).to(device)
     tokens, shape = args.batch * args.context, (args.rounds + 1, 2, args.batch, args.context)
-    batches = torch.randint(config.vocab_size, shape, device=device).unbind()                  # x and y of each: [2, B, T]
+    frequencies = 1 / (torch.arange(config.vocab_size) + 3.7)              # of the 1st, 2nd, ... token
+    batches = torch.multinomial(frequencies, math.prod(shape), replacement=True).view(shape).to(device).unbind()   # [2, B, T]
     print(f"{config.total_params() / 1e6:.1f}M parameters, {config.active_params() / 1e6:.1f}M active; {args.batch} x "
           f"{args.context} tokens; {device}, {torch.get_num_threads()} threads, {str(matmul_dtype(device))[6:]}; "
           f"torch {torch.__version__}", flush=True)
@@ -292,4 +297,5 @@ def main():
 
 
 if __name__ == "__main__":
+    keep_memory()
     run_main(main)

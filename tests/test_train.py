@@ -202,19 +202,36 @@ def train_in_a_fork(arguments: list) -> int:
         os._exit(1)
 
 
+def wait_for_saves(path: Path, saves: int):
+    """Return as soon as `path` has been replaced that many times."""
+    def written():
+        try:
+            return path.stat().st_mtime_ns
+        except FileNotFoundError:                   # none yet, or moved aside a moment ago
+            return None
+    last, deadline = written(), time.time() + 120
+    while saves:
+        assert time.time() < deadline, "the run does not save"
+        time.sleep(1e-4)
+        if (now := written()) not in (last, None):
+            last, saves = now, saves - 1
+
+
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_a_run_ends_as_if_it_had_not_been(kills, finished_run, tmp_path, call, refused):
+    steps = 5 * kills                               # so many that the run cannot be over before the last kill
+
     def arguments(name):
         (tmp_path / name).mkdir(exist_ok=True)
         shutil.copy(finished_run / "tokens.pt", tmp_path / name)
-        return ["pretrain", "--preset", "test", "--run", tmp_path / name, "--tokens", 40 * 256, "--resume"]
+        return ["pretrain", "--preset", "test", "--run", tmp_path / name, "--tokens", steps * 256, "--resume"]
     start = time.time()
     assert os.waitpid(train_in_a_fork(arguments("whole")), 0)[1] == 0
-    moments = random.Random(kills)
-    longest = (time.time() - start) / kills         # so that the run cannot be over before the last kill
-    for _ in range(kills):
+    moments, a_step = random.Random(kills), (time.time() - start) / steps
+    for kill in range(kills):
         child = train_in_a_fork(arguments("killed"))
-        time.sleep(moments.uniform(0, longest))
+        wait_for_saves(tmp_path / "killed" / "resume.pt", kill % 3)         # 0: while it starts, or resumes
+        time.sleep(moments.uniform(0, a_step))
         os.kill(child, signal.SIGKILL)
         assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     assert "another --seed" in refused(train.main, *arguments("killed"), "--seed", 1)
