@@ -5,7 +5,7 @@
 
 A training step is forward, loss, backward, clipping and optimizer, in BF16 where the hardware multiplies that faster than FP32.
 Everybody gets the same weights, the same batches, a new one in every step, and the same fused AdamW; one row more shows this
-model with the optimizers that train.py really uses:
+model with the optimizers that train.py really uses. All are in memory at once: seven models with gradients and optimizers.
 
     drop-and-pad, dropless          this model in its two dispatch modes (mobilemoe.Experts)
     naive loop                      this model with the loop over experts that everybody writes first
@@ -17,12 +17,12 @@ The contenders take turns, one step each, and every ratio is the median over rou
 that grows warm or busy slows all of them alike. What it is not: a measure of quality, which is train.py's report.
 
 Three things decide who looks fast. Routing must be as uneven as training has it: on text, after 250 steps, a layer's fullest
-expert got 1.4 to 1.8 times the mean and its emptiest half of it, but a fresh model sends some experts four times their share.
-So tokens are as frequent as those of text (Zipf's law as Mandelbrot corrected it), embeddings are larger than train.py's at the
-start, as what a token is must outweigh what its batch has in common, and the expert bias is moved first. Experts must get other
-numbers of tokens in every step: a CPU builds a kernel for each new number (oneDNN), and those it has built must not be all that
-it needs. And memory must stay with the process, as in train.py: glibc's default is to hand it back, and who writes larger
-buffers suffers more from that.
+expert got 1.4 to 2.4 times the mean and its emptiest about half of it, but a fresh model sends some experts four times their
+share. So tokens are as frequent as those of text (Zipf's law as Mandelbrot corrected it), embeddings are larger than
+train.py's at the start, as what a token is must outweigh what its batch has in common, and the expert bias is moved first.
+Experts must get other numbers of tokens in every step: a CPU builds a kernel for each new number (oneDNN), and those it has
+built must not be all that it needs. And memory must stay with the process, as in train.py: glibc's default is to hand it back,
+and who writes larger buffers suffers more from that.
 """
 import argparse
 import copy
@@ -158,6 +158,7 @@ def glm_steps(model: MobileMoE, batches: tuple[Tensor, ...]) -> dict[str, Callab
         print("transformers is not installed (`pip install transformers`): left out", flush=True)
         return {}
     trials, tokens, device = [], batches[0][0].numel(), batches[0].device
+    batches = (*batches[-2:], *batches[:-2])        # two for the trial, then those with which the others begin
     for implementation, weights in (("eager", "FP32"), ("batched_mm", "FP32"), ("grouped_mm", "FP32"), ("grouped_mm", "BF16")):
         c, label = model.config, f"transformers {implementation}, {weights} weights"
         gathered = tokens * c.active_routed * 3 * c.d_model * c.expert_width * 4 * c.n_layers
@@ -267,7 +268,7 @@ def main():
     model = MobileMoE(config).to(device)
     nn.init.normal_(model.model.embed_tokens.weight, std=0.1)
     dense = MobileMoE(dataclasses.replace(config, n_experts=1, granularity=1, shared_expert=False, top_k=0)).to(device)
-    tokens, shape = args.batch * args.context, (args.rounds + 1, 2, args.batch, args.context)
+    tokens, shape = args.batch * args.context, (args.rounds + 3, 2, args.batch, args.context)
     frequencies = 1 / (torch.arange(config.vocab_size) + 3.7)              # of the 1st, 2nd, ... token
     batches = torch.multinomial(frequencies, math.prod(shape), replacement=True).view(shape).to(device).unbind()   # [2, B, T]
     print(f"{config.total_params() / 1e6:.1f}M parameters, {config.active_params() / 1e6:.1f}M active; {args.batch} x "
@@ -284,10 +285,10 @@ def main():
              DENSE: adamw_step(dense, functools.partial(our_loss, dense, None), batches),
              LOOP: adamw_step(naive, functools.partial(our_loss, naive, None), batches)} | glm
     steps[OWN] = own_step(copy.deepcopy(model), batches)
-    talker, prompt = copy.deepcopy(model).eval(), batches[0][0][0, :NEW_TOKENS].tolist()
+    prompt = batches[0][0][0, :NEW_TOKENS].tolist()
     parts = {f"loss and its gradients, N {tokens}, V {config.vocab_size}": losses(config, tokens, device),
              "attention of a layer and its gradients": attentions(config, args.batch, args.context, device)}
-    speech = {"generate()": lambda: generate(talker, prompt, NEW_TOKENS, temperature=0)}
+    speech = {"generate()": lambda: generate(model, prompt, NEW_TOKENS, temperature=0)}
     seconds = interleave(functools.reduce(dict.__or__, parts.values(), steps | speech), args.rounds, device)
 
     report(seconds, dict.fromkeys(steps, tokens) | {"generate()": NEW_TOKENS}, list(glm))

@@ -829,13 +829,13 @@ def keep_memory():
     told only at the start.
 
     A step writes hundreds of buffers of megabytes. By default glibc hands the larger ones back to the system each time, and the
-    next one comes back page by page: 20,000 to 30,000 page faults in a step of bench.py's model, up to 90 with 2 MB pages,
-    up to 30 when memory is kept as well (getrusage; then the step is about 1.05 times as fast again). Price: torch is imported
-    twice.
+    next one comes back page by page: 20,000 to 30,000 page faults in a step of bench.py's model, 100 with 2 MB pages, 5 to 30
+    when memory is kept as well (getrusage). Preset S, whose buffers are larger still, then takes 19 s a step instead of 29
+    (tests/step_of_S.py). Price: torch is imported twice.
     """
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = ("glibc.malloc.hugetlb=1:"
-                                        "glibc.malloc.mmap_threshold=33554432:"             # 32 MB, the most that glibc allows
+                                        "glibc.malloc.mmap_max=0:"      # no buffer is too large to be kept
                                         "glibc.malloc.trim_threshold=1099511627776")
         os.execv(sys.executable, sys.orig_argv)
 

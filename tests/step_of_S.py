@@ -13,6 +13,7 @@ import torch
 import train
 from mobilemoe import PRESETS, MobileMoE
 
+train.keep_memory()         # as `python train.py` has it
 generator = torch.Generator().manual_seed(0)
 stage = dataclasses.replace(train.PAPER["pretrain"], batch=2048)
 rows = torch.randint(PRESETS["S"].vocab_size, (2, 1, 2049), generator=generator)
