@@ -16,13 +16,12 @@ model with the optimizers that train.py really uses. All are in memory at once: 
 The contenders take turns, one step each, and every ratio is the median over rounds of the ratio *within* a round: a computer
 that grows warm or busy slows all of them alike. What it is not: a measure of quality, which is train.py's report.
 
-Three things decide who looks fast. Routing must be as uneven as training has it: on text, after 250 steps, a layer's fullest
-expert got 1.4 to 2.4 times the mean and its emptiest about half of it, but a fresh model sends some experts four times their
-share. So tokens are as frequent as those of text (Zipf's law as Mandelbrot corrected it), embeddings are larger than
-train.py's at the start, as what a token is must outweigh what its batch has in common, and the expert bias is moved first.
-Experts must get other numbers of tokens in every step: a CPU builds a kernel for each new number (oneDNN), and those it has
-built must not be all that it needs. And memory must stay with the process, as in train.py: glibc's default is to hand it back,
-and who writes larger buffers suffers more from that.
+Three things decide who looks fast. Routing must be as uneven as training has it: `python train.py` prints loads of 4.8:1 at
+its start, 1.3:1 to 2.2:1 after fifty steps. So tokens are as frequent as those of text (Zipf's law as Mandelbrot corrected
+it), embeddings are larger than train.py's at the start, as what a token is must outweigh what its batch has in common, and the
+expert bias is moved first. Experts must get other numbers of tokens in every step: a CPU builds a kernel for each new number
+(oneDNN), and those it has built must not be all that it needs. And memory must stay with the process, as in train.py: glibc's
+default is to hand it back, and who writes larger buffers suffers more from that.
 """
 import argparse
 import copy
@@ -42,7 +41,7 @@ from torch import Tensor, nn
 
 from mobilemoe import PRESETS, Config, Experts, LinearCrossEntropy, MobileMoE, Routing, UserError, attend, generate, run_main
 from quantize import attach
-from train import TINY, keep_memory, matmul_dtype, optimizers, train_step
+from train import TINY, keep_memory, matmul_dtype, mixed_precision, optimizers, train_step
 
 SHAPE = Config(d_model=256, n_layers=6, n_heads=4, n_kv_heads=2, d_ff=1024, vocab_size=4096, max_context=512)
 CAPACITY = 1.5          # pre-training's, in the paper and in train.py
@@ -118,12 +117,11 @@ def glm_loss(glm: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 def adamw_step(model: nn.Module, loss: Callable, batches: tuple[Tensor, ...]) -> Callable[[], None]:
     """-> a function that trains `model` for one step, on the next of the batches [2, B, T] (x and y) each time."""
-    device = batches[0].device
-    opt, dtype = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), fused=True), matmul_dtype(device)
+    opt = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), fused=True)
     source = itertools.cycle(batches)
 
     def step():
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with mixed_precision(batches[0].device):
             value = loss(*next(source))
         value.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -135,9 +133,7 @@ def adamw_step(model: nn.Module, loss: Callable, batches: tuple[Tensor, ...]) ->
 @torch.no_grad()
 def balance(model: MobileMoE, batches: tuple[Tensor, ...]) -> Routing:
     """Move the expert bias, without training, until tokens spread over the experts; the routing of a batch after that."""
-    device = batches[0].device
-    dtype = matmul_dtype(device)
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+    with mixed_precision(batches[0].device):
         for i, (x, y) in zip(range(40), itertools.cycle(batches)):
             # by 0.02 at first, 0.0003 at last: a fresh router's scores are 0.5 and a little
             model.update_expert_bias(model(x, y)[1].load, 0.02 * 0.9 ** i)
@@ -269,7 +265,7 @@ def main():
     nn.init.normal_(model.model.embed_tokens.weight, std=0.1)
     dense = MobileMoE(dataclasses.replace(config, n_experts=1, granularity=1, shared_expert=False, top_k=0)).to(device)
     tokens, shape = args.batch * args.context, (args.rounds + 3, 2, args.batch, args.context)
-    frequencies = 1 / (torch.arange(config.vocab_size) + 3.7)              # of the 1st, 2nd, ... token
+    frequencies = 1 / (torch.arange(1, config.vocab_size + 1) + 2.7)       # Zipf-Mandelbrot
     batches = torch.multinomial(frequencies, math.prod(shape), replacement=True).view(shape).to(device).unbind()   # [2, B, T]
     print(f"{config.total_params() / 1e6:.1f}M parameters, {config.active_params() / 1e6:.1f}M active; {args.batch} x "
           f"{args.context} tokens; {device}, {torch.get_num_threads()} threads, {str(matmul_dtype(device))[6:]}; "

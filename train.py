@@ -13,6 +13,7 @@ In the order of the data's way: the table, tokens, ranks, optimizers, one stage,
 What it is not: the model is mobilemoe.py, the INT4 lattice quantize.py, corpus and batches data.py.
 """
 import argparse
+import contextlib
 import dataclasses
 import datetime
 import functools
@@ -360,6 +361,12 @@ def matmul_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16
 
 
+def mixed_precision(device: torch.device) -> torch.autocast:
+    """Matmuls in matmul_dtype; weights, gradients and all that is summed for long stay FP32."""
+    dtype = matmul_dtype(device)
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
 # AdamW's rates as fractions of Muon's, found in runs of `tiny` over 0.4M tokens, one seed each; held-out bits per byte of
 # docstrings after 0.35M: everything at 0.15 of Muon's 0.02: 2.52 (the dense twin: 2.53); at 0.4: 2.39, but a router that fast
 # keeps the load at 5:1 and drops 9 % of the routes; router back at 0.1: 2.37, load 1.5:1, 0.2 % dropped. Muon at 0.035 instead
@@ -417,8 +424,7 @@ def train_step(model, opts, stage: Stage, batches: Batches, step: int, steps: in
     for x, y in list(zip(inputs.split(micro_rows), targets.split(micro_rows)))[RANK::WORLD]:
         # Rows hold different numbers of answer tokens: weight each part by its own, or the split would change the loss.
         share = ((y != -100).sum() / wanted).to(device)
-        dtype = matmul_dtype(device)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with mixed_precision(device):
             loss, routing = model(x.to(device), y.to(device), capacity_factor=stage.capacity)
             objective = loss
             if routing is not None:
@@ -632,9 +638,9 @@ def run_stage(name: str, run: Path, args, prepared: dict, device: torch.device) 
     model.load_state_dict(weights)
     if stage.int4:
         attach(model)
-    measured, dtype = {"context": stage.context, "heldout": prepared["heldout"]}, matmul_dtype(device)
+    measured = {"context": stage.context, "heldout": prepared["heldout"]}
     # In the precision of training; an INT4 model in FP32 on its lattice, which is what the phone computes.
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32 and not stage.int4):
+    with contextlib.nullcontext() if stage.int4 else mixed_precision(device):
         summary["bits_per_byte"] = heldout_bits_per_byte(model, measured)
     with parametrize.cached():      # round INT4 weights once, not at every token
         summary["sample"] = sample(model, encoding, prepared, chat="chat" in stage.mixture)
@@ -828,10 +834,10 @@ def keep_memory():
     """Start this process again with glibc asked for 2 MB pages in place of 4 kB ones and to keep what is freed, which it can be
     told only at the start.
 
-    A step writes hundreds of buffers of megabytes. By default glibc hands the larger ones back to the system each time, and the
-    next one comes back page by page: 20,000 to 30,000 page faults in a step of bench.py's model, 100 with 2 MB pages, 5 to 30
-    when memory is kept as well (getrusage). Preset S, whose buffers are larger still, then takes 19 s a step instead of 29
-    (tests/step_of_S.py). Price: torch is imported twice.
+    A step writes hundreds of buffers of megabytes. By default glibc hands the larger ones back to the system each time, and
+    the next one comes back page by page. With both a step of S takes 19 s (`PYTHONPATH=. python tests/step_of_S.py`), with 2
+    MB pages alone 29 (the same after `GLIBC_TUNABLES=glibc.malloc.hugetlb=1`: who sets the variable is obeyed). Price: torch
+    is imported twice.
     """
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = ("glibc.malloc.hugetlb=1:"

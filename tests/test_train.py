@@ -219,7 +219,7 @@ def wait_for_saves(path: Path, saves: int):
 
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_a_run_ends_as_if_it_had_not_been(kills, finished_run, tmp_path, call, refused):
-    steps = 5 * kills                               # so many that the run cannot be over before the last kill
+    steps = 5 * kills                               # enough that the run is not over before the last kill
 
     def arguments(name):
         (tmp_path / name).mkdir(exist_ok=True)
