@@ -275,7 +275,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         count = (targets != -100).sum().clamp(min=1)
         loss = torch.zeros((), device=x.device)
         grad_x = torch.empty_like(x)                                       # [N, D]
-        grad_w = torch.zeros_like(weight)                                  # [V, D]
+        grad_w = torch.zeros_like(weight) if any(ctx.needs_input_grad) else None           # [V, D]
         for rows, target, grad_rows in zip(x.split(CHUNK), targets.split(CHUNK), grad_x.split(CHUNK)):
             wanted = (target != -100).unsqueeze(1)                         # [chunk, 1]
             target = target.clamp(min=0).unsqueeze(1)
@@ -283,7 +283,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             # Not log_softmax, which needs exp() again for the gradient. A probability below 1e-38 counts as
             # 87.5 nats; its gradient stays exact.
             loss -= (p.gather(1, target).clamp(min=1e-38).log() * wanted).sum()
-            if ctx.needs_input_grad[1]:
+            if any(ctx.needs_input_grad):
                 p.scatter_add_(1, target, -torch.ones_like(target, dtype=p.dtype))
                 grad = p.to(x.dtype)                                       # [chunk, V]
                 grad_rows.copy_((grad @ w) * wanted)                       # masked where it is narrow

@@ -474,15 +474,16 @@ def config_from_dict(values: dict) -> Config:
         if not ok:
             raise UserError(f"impossible config: {message}")
     fields = {field.name: field for field in dataclasses.fields(Config)}
+    may_be_zero = ("top_k", "z_loss", "balance_loss", "shared_expert", "rope_scaling", "zero_init_outputs")
+    require(isinstance(values, dict), "it is no JSON object of fields")
     for name in values:
         require(name in fields, f"unknown field {name!r}; known are {', '.join(sorted(fields))}")
     for name, field in fields.items():
         value = values.get(name, field.default)
         require(value is not dataclasses.MISSING, f"{name} is missing")
         kinds = (int, float) if field.type is float else (field.type,)
-        least = 1 if field.type is int and name != "top_k" else 0
-        require(type(value) in kinds and least <= value < math.inf,
-                f"{name} = {value!r} must be {field.type.__name__}, {least} or more")
+        good = type(value) in kinds and (0 < value < math.inf or value == 0 and name in may_be_zero)
+        require(good, f"{name} = {value!r} must be a {field.type.__name__} above 0")
     c = Config(**values)
     # INT4 groups are 32 weights along a matrix's input, so every input dimension must hold whole groups.
     for what, width, unit in (
