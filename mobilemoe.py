@@ -483,7 +483,7 @@ def config_from_dict(values: dict) -> Config:
         require(value is not dataclasses.MISSING, f"{name} is missing")
         kinds = (int, float) if field.type is float else (field.type,)
         good = type(value) in kinds and (0 < value < math.inf or value == 0 and name in may_be_zero)
-        require(good, f"{name} = {value!r} must be a {field.type.__name__} above 0")
+        require(good, f"{name} = {value!r} is not a sensible {field.type.__name__}")
     c = Config(**values)
     # INT4 groups are 32 weights along a matrix's input, so every input dimension must hold whole groups.
     for what, width, unit in (

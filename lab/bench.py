@@ -4,8 +4,8 @@
     python -m lab.bench --preset S --batch 1 --device cuda
 
 A step is train.train_step: forward, loss, backward, clipping, optimizer, in BF16 where the hardware likes it.
-Everybody gets the same weights, the same batches, a new one in every step, and the same fused AdamW. All models
-are in memory at once, with gradients and optimizers.
+Everybody gets the same weights, the same batches, a new one in every step, and the same fused AdamW. All
+models are in memory at once, with gradients and optimizers.
 
     drop-and-pad, dropless     this model in its two dispatch modes (mobilemoe.Experts)
     QAT                        dropless with INT4 attached, as the last stage trains
@@ -17,15 +17,17 @@ are in memory at once, with gradients and optimizers.
 Below, three functions of kernels.py beside the functions of PyTorch that they stand for, there and back. What
 this is not: a measure of quality, which is train.py's report.
 
-The contenders take turns, one step each, and every ratio is the median over rounds of the ratio *within* a round:
-a computer that grows warm or busy slows all of them alike. Three things decide who looks fast:
+The contenders take turns, one step each, and every ratio is the median over rounds of the ratio *within* a
+round: a computer that grows warm or busy slows all of them alike. Three things decide who looks fast:
 
-- Routing is as uneven as in training, where `python train.py` prints loads of 1.3:1 to 2.2:1 after fifty steps.
+- Routing is as uneven as in training, where `python train.py` prints loads of 1.3:1 to 2.2:1 after fifty
+steps.
   So tokens are as frequent as those of text (Zipf's law as Mandelbrot corrected it), embeddings are large, so
   that what a token is outweighs what its batch has in common, and the expert bias is moved first.
 - Experts get another number of tokens in every step: a CPU builds a kernel for each new number (oneDNN), and
   those it has built already must not be all that it needs.
-- Memory stays with the process, as in train.py. By default glibc hands large buffers back, and who writes larger
+- Memory stays with the process, as in train.py. By default glibc hands large buffers back, and who writes
+larger
   ones suffers more from that.
 """
 import copy
@@ -72,16 +74,17 @@ def glm_twin(model: MobileMoE, implementation: str = "eager") -> nn.Module:
     import transformers
     c = model.config
     glm = transformers.Glm4MoeForCausalLM(transformers.Glm4MoeConfig(
-        vocab_size=c.vocab_size, hidden_size=c.d_model, intermediate_size=c.d_ff, num_hidden_layers=c.n_layers,
-        num_attention_heads=c.n_heads, num_key_value_heads=c.n_kv_heads, head_dim=c.d_head, attention_bias=False,
-        use_qk_norm=True, rms_norm_eps=c.norm_eps, rope_theta=c.rope_theta, partial_rotary_factor=1.0,
-        moe_intermediate_size=c.expert_width, n_routed_experts=c.n_routed, num_experts_per_tok=c.active_routed,
-        n_shared_experts=c.shared_width // c.expert_width, routed_scaling_factor=c.routed_scale,
-        norm_topk_prob=True, n_group=1, topk_group=1, first_k_dense_replace=0, num_mtp_layers=0,
-        tie_word_embeddings=True, experts_implementation=implementation))
+        vocab_size=c.vocab_size, hidden_size=c.d_model, intermediate_size=c.d_ff, num_attention_heads=c.n_heads,
+        num_hidden_layers=c.n_layers, num_key_value_heads=c.n_kv_heads, head_dim=c.d_head,
+        attention_bias=False, use_qk_norm=True, rms_norm_eps=c.norm_eps, rope_theta=c.rope_theta,
+        partial_rotary_factor=1.0, moe_intermediate_size=c.expert_width, n_routed_experts=c.n_routed,
+        num_experts_per_tok=c.active_routed, n_shared_experts=c.shared_width // c.expert_width,
+        routed_scaling_factor=c.routed_scale, norm_topk_prob=True, n_group=1, topk_group=1,
+        first_k_dense_replace=0, num_mtp_layers=0, tie_word_embeddings=True,
+        experts_implementation=implementation))
     weights = {"lm_head.weight": model.model.embed_tokens.weight}
     for name, weight in model.state_dict().items():
-        if name.endswith(("q_proj.weight", "k_proj.weight")):   # its pairs are (i, i + d_head/2), ours neighbours
+        if name.endswith(("q_proj.weight", "k_proj.weight")):   # it pairs (i, i + d_head/2)
             weight = weight.unflatten(0, (-1, c.d_head // 2, 2)).transpose(1, 2).flatten(0, 2)
         if ".experts." in name:
             weight = weight.transpose(1, 2)                                # [E, in, out] -> [E, out, in]
@@ -118,15 +121,15 @@ def glm_contenders(model: MobileMoE) -> dict[str, nn.Module]:
         print("transformers is not installed (`pip install transformers`): left out", flush=True)
         return {}
     # Left out: batched_mm copies an expert's matrices for every route, 39 GB here. grouped_mm does not obey
-    # autocast and multiplies FP32 weights in FP32. So it may hold everything in BF16, too: no way to train well,
-    # as updates below 0.4 % of a weight round to nothing, but here only time counts.
+    # autocast and multiplies FP32 weights in FP32. So it may hold everything in BF16, too: no way to train
+    # well, as updates below 0.4 % of a weight round to nothing, but here only time counts.
     return {"transformers eager": Glm(model, "eager", torch.float32),
             "transformers grouped_mm": Glm(model, "grouped_mm", torch.float32),
             "transformers grouped_mm, BF16 weights": Glm(model, "grouped_mm", torch.bfloat16)}
 
 
 def training(model: nn.Module, batches: list[Tensor], capacity: float | None = None, opts=None) -> Callable:
-    """-> a function that trains `model` for one step, on the next of the batches [2, B, T] (x and y) each time."""
+    """-> a function that trains `model` for one step, each time on the next of the batches [2, B, T]."""
     B, T = batches[0][0].shape
     stage = dataclasses.replace(TINY["pretrain"], context=T, batch=B * T, peak_lr=LEARNING_RATE,
                                 capacity=capacity, bias_rate=0)
@@ -139,7 +142,7 @@ def training(model: nn.Module, batches: list[Tensor], capacity: float | None = N
 
 @torch.no_grad()
 def balance(model: MobileMoE, batches: list[Tensor]) -> Routing:
-    """Move the expert bias, without training, until tokens spread over the experts -> the routing after that."""
+    """Move the expert bias, without training, until tokens spread -> the routing after that."""
     for i, (x, y) in zip(range(40), itertools.cycle(batches)):
         # by 0.02 at first, 0.0003 at last: a fresh router's scores are 0.5 and a little
         model.update_expert_bias(model(x, y)[1].load, 0.02 * 0.9 ** i)
@@ -161,13 +164,15 @@ def functions(c: Config, B: int, T: int, device: torch.device) -> dict[str, Call
     weight = random(c.vocab_size, c.d_model)
     y = torch.randint(c.vocab_size, (B * T,), device=device)
     sdpa = functools.partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
+
+    def all_logits(x: Tensor, w: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(x, w.to(dtype)).float(), y)
     return {"causal_attention": there_and_back(causal_attention, q, k, v),
             "F.scaled_dot_product_attention": there_and_back(sdpa, q, k, v),
             "rms_norm": there_and_back(lambda x: rms_norm(x, c.norm_eps), stream),
             "F.rms_norm": there_and_back(lambda x: F.rms_norm(x, (c.d_model,), eps=c.norm_eps), stream),
             "linear_cross_entropy": there_and_back(lambda x, w: linear_cross_entropy(x, w, y), x, weight),
-            "F.cross_entropy": there_and_back(lambda x, w: F.cross_entropy(F.linear(x, w.to(dtype)).float(), y),
-                                              x, weight)}
+            "F.cross_entropy": there_and_back(all_logits, x, weight)}
 
 # ----------------------------------------------------------------------------------------------------------
 # Timing
@@ -237,11 +242,12 @@ def main():
     frequencies = 1 / (torch.arange(1, config.vocab_size + 1) + 2.7)       # Zipf-Mandelbrot
     tokens = torch.multinomial(frequencies, math.prod(shape), replacement=True).view(shape)
     batches = list(tokens.to(device))                                      # [2, B, T] each
-    print(f"{config.total_params() / 1e6:.1f}M parameters, {config.active_params() / 1e6:.1f}M active; {args.batch} x "
-          f"{args.context} tokens; {device}, {torch.get_num_threads()} threads, {matmul_dtype(device)}; "
-          f"torch {torch.__version__}")
+    print(f"{config.total_params() / 1e6:.1f}M parameters, {config.active_params() / 1e6:.1f}M active; "
+          f"{args.batch} x {args.context} tokens; {device}, {torch.get_num_threads()} threads, "
+          f"{matmul_dtype(device)}; torch {torch.__version__}")
     load, _, dropped = balance(model, batches)           # [layers, E], ..., scalar
-    print(f"load max:mean {(load.amax(1) / load.mean(1)).max():.2f}, {100 * dropped:.1f} % of the routes dropped")
+    busiest = (load.amax(1) / load.mean(1)).max()
+    print(f"load max:mean {busiest:.2f}, {100 * dropped:.1f} % of the routes dropped")
 
     own = copy.deepcopy(model)
     steps = {"drop-and-pad": training(model, batches, CAPACITY),
