@@ -226,7 +226,7 @@ class Progress:
 def markdown_table(heads: list, rows: list[list]) -> str:
     """A Markdown table, padded to be read as it is: first column to the left, the others, figures, right."""
     rows = [[str(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(heads, *rows)]
+    widths = [max(2, *map(len, column)) for column in zip(heads, *rows)]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     lines = []
     for first, *others in (heads, rule, *rows):

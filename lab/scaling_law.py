@@ -21,6 +21,7 @@ import dataclasses
 import json
 import math
 import os
+import tempfile
 import re
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -213,8 +214,10 @@ def train_one(order: dict) -> float:
     torch.manual_seed(run.seed)
     prepared = prepare_data(folder, None, None, VOCABULARY)
     model = MobileMoE(run.config())
-    summary = train_stage(model, str(run), stage, Batches(prepared, stage, run.seed), prepared, folder,
-                          micro_rows=stage.batch // stage.context)
+    begun = {"stage": str(run), "micro_rows": stage.batch // stage.context}
+    with tempfile.TemporaryDirectory() as scratch:      # for a log that nobody reads
+        batches = Batches(prepared, stage, run.seed)
+        summary = train_stage(model, stage, batches, prepared, Path(scratch), begun)
     held = next(iter(prepared["heldout"].values()))
     bits = bits_per_byte(model, held["ids"], held["bytes"], stage.context)
     nats = bits * math.log(2) * held["bytes"] / (len(held["ids"]) - 1)     # per token
