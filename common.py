@@ -59,7 +59,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def number(kind: type, least: float, most: float = 1e18) -> Callable:
+def number(kind: type, least: float, most: float = 1e30) -> Callable:
     """For Parser's `type`: an int or float from `least` to `most`."""
     def read(text: str):
         value = kind(text)

@@ -509,7 +509,7 @@ def main():
     parser.add_argument("prompt", help="a question after sft and qat, a beginning to continue before")
     parser.add_argument("--tokens", type=number(int, 0), default=128, help="at most so many (%(default)s)")
     parser.add_argument("--temperature", type=number(float, 0), default=0.7, help="0 is greedy (%(default)s)")
-    parser.add_argument("--seed", type=number(int, 0), default=0)
+    parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0)
     args = parser.parse_args()
     checkpoint = load_checkpoint(args.checkpoint)
     model = model_from_checkpoint(checkpoint)

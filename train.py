@@ -436,7 +436,7 @@ def draw_report(run: Path, stages: list[str]):
         start += max(mine)
     for axis, title in zip(axes, ("training loss, nats per token", "held-out bits per byte, first domain",
                                   "load: busiest expert of the worst layer / mean")):
-        axis.set(xlabel="steps", title=title, ylim=(0, 6))
+        axis.set(xlabel="steps", title=title, ylim=(0, None))
         axis.grid(alpha=0.3)
         axis.legend()
     save_figure(figure, run / "report.png")
@@ -458,7 +458,7 @@ def read_arguments():
     parser.add_argument("--micro-rows", type=number(int, 1), help="rows in memory at a time")
     parser.add_argument("--checkpoint-activations", action="store_true", help="less memory, more time")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seed", type=number(int, 0), default=0)
+    parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0)
     parser.add_argument("--resume", action="store_true", help="continue a run that was stopped")
     args = parser.parse_args()
     if args.tokens and args.stage == "all":

@@ -78,7 +78,8 @@ def glm_twin(model: MobileMoE, implementation: str = "eager") -> nn.Module:
         num_attention_heads=c.n_heads, num_hidden_layers=c.n_layers, num_key_value_heads=c.n_kv_heads,
         head_dim=c.d_head, attention_bias=False, use_qk_norm=True, rms_norm_eps=c.norm_eps,
         rope_theta=c.rope_theta, partial_rotary_factor=1.0, moe_intermediate_size=c.expert_width,
-        n_routed_experts=c.n_routed, num_experts_per_tok=c.active_routed, n_shared_experts=c.shared_width // c.expert_width,
+        n_routed_experts=c.n_routed, num_experts_per_tok=c.active_routed,
+        n_shared_experts=c.shared_width // c.expert_width,
         routed_scaling_factor=c.routed_scale, norm_topk_prob=True, n_group=1, topk_group=1,
         first_k_dense_replace=0, num_mtp_layers=0, tie_word_embeddings=True,
         experts_implementation=implementation))
