@@ -33,7 +33,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(groups, dict(lr=0.0, momentum=momentum, d_model=d_model))
 
     @torch.no_grad()
-    def step(self):
+    def step(self, closure=None):
         for group in self.param_groups:
             for p in group["params"]:
                 momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))

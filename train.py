@@ -331,9 +331,10 @@ def run_stage(name: str, args, prepared: dict, device: torch.device) -> None:
     """Load what the stage starts from, train, measure, sample, save."""
     position = STAGES.index(name)
     torch.manual_seed(args.seed)
-    model = MobileMoE(args.config)
-    history = [{"stage": "`xz -9e`, same bytes", "bits_per_byte": prepared["xz"]}]
-    if position:
+    if not position:
+        model = MobileMoE(args.config)
+        history = [{"stage": "`xz -9e`, same bytes", "bits_per_byte": prepared["xz"]}]
+    else:
         before = load_checkpoint(args.run / f"{STAGES[position - 1]}.pt")
         if before["tokenizer"] != prepared["tokenizer"]:
             raise UserError(f"{args.run} has tokens.pt and checkpoints of two tokenizers: start another run")
@@ -433,7 +434,7 @@ def draw_report(run: Path, stages: list[str]):
         for axis, what in zip(axes, ("loss", "bits_per_byte", "load")):
             steps = [start + step for step in mine]
             axis.plot(steps, [record.get(what) for record in mine.values()], label=stage)
-        start += max(mine)
+        start += max(mine, default=0)
     for axis, title in zip(axes, ("training loss, nats per token", "held-out bits per byte, first domain",
                                   "load: busiest expert of the worst layer / mean")):
         axis.set(xlabel="steps", title=title, ylim=(0, None))
