@@ -514,7 +514,9 @@ def main():
     checkpoint = load_checkpoint(args.checkpoint)
     model = model_from_checkpoint(checkpoint)
     encoding = tokenizer_from_dict(checkpoint["tokenizer"])
-    prompt = encode_prompt(encoding, args.prompt, chat=checkpoint["stage"] in ("sft", "qat"))
+    chat = checkpoint["stage"] in ("sft", "qat")
+    prompt = encode_prompt(encoding, args.prompt, chat)
+    print("" if chat else args.prompt, end="", flush=True)
     for token in generate(model, prompt, args.tokens, temperature=args.temperature, seed=args.seed,
                           stop=stop_tokens(encoding, model.config.vocab_size)):
         # Raw bytes: a token may end in the middle of a character.

@@ -1,19 +1,20 @@
-"""What several tests share: one thread, a folder of text, one finished run of the `test` preset, scripts called in-process."""
+"""What tests share: one thread, a folder of text, a finished run of the `test` preset, scripts in-process."""
 import json
 import os
 import pydoc_data.topics
 import sys
 from pathlib import Path
 
-# Before torch is imported, and inherited by child processes: two runs end bit for bit alike only if they split their sums
-# alike, and matrices this small are slower on two threads than on one.
+# Before torch is imported, and inherited by child processes: two runs end bit for bit alike only if they
+# split their sums alike, and matrices this small are slower on two threads than on one.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
 
 import train
-from mobilemoe import PRESETS, Config, MobileMoE, run_main
+from common import run_main
+from mobilemoe import PRESETS, Config, MobileMoE
 
 torch.set_num_threads(1)
 
@@ -26,18 +27,19 @@ def text_folder(tmp_path_factory) -> Path:
     (folder / "prose.txt").write_text("\n\n".join(topics[name] for name in sorted(topics)[:12]))
     sums = [{"text": "\n".join(f"{a} + {b} = {a + b}" for b in range(12))} for a in range(4, 24)]
     (folder / "maths.jsonl").write_text("".join(json.dumps(line) + "\n" for line in sums))
-    chats = [{"messages": [{"role": "user", "content": f"What is {a} + 7?"}, {"role": "assistant", "content": f"{a + 7}."}]}
-             for a in range(40)]
+    chats = [{"messages": [{"role": "user", "content": f"What is {a} + 7?"},
+                           {"role": "assistant", "content": f"{a + 7}."}]} for a in range(40)]
     (folder / "chat.jsonl").write_text("".join(json.dumps(line) + "\n" for line in chats))
     return folder
 
 
 @pytest.fixture(scope="session")
 def finished_run(text_folder, tmp_path_factory) -> Path:
-    """The folder that `python train.py --preset test --data FOLDER` leaves behind. Look, but do not write into it."""
+    """The folder that `python train.py --preset test --data FOLDER` leaves behind. Look, do not write."""
     run = tmp_path_factory.mktemp("runs") / "test"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["train.py", "--preset", "test", "--data", str(text_folder), "--run", str(run)])
+        arguments = ["--preset", "test", "--data", str(text_folder), "--run", str(run)]
+        patch.setattr(sys, "argv", ["train.py", *arguments])
         train.main()
     return run
 
@@ -71,7 +73,7 @@ def refused(call):
 
 @pytest.fixture(scope="session")
 def lively():
-    """lively(config): a model whose every tensor is random and whose every part matters, so that no mistake hides in zeros."""
+    """lively(config): a model whose every tensor is random, so that no mistake hides in zeros."""
     def make(config: Config = PRESETS["test"], seed: int = 0) -> MobileMoE:
         generator = torch.Generator().manual_seed(seed)
         model = MobileMoE(config).eval()
@@ -81,7 +83,7 @@ def lively():
                 tensor.copy_(0.1 * noise)
             elif tensor.dim() == 1:
                 tensor.copy_(1 + 0.2 * noise)                       # norms
-            else:                                                   # stacked experts are [E, in, out], the rest [out, in]
+            else:               # stacked experts are [E, in, out], the rest [out, in]
                 tensor.copy_(noise * (0.3 if "embed" in name else tensor.shape[1] ** -0.5))
         return model
     return make

@@ -1,4 +1,5 @@
-"""Two optimizer steps of preset S on a CPU, one row of 2048 tokens each. Prints peak GB of memory, loss, seconds.
+"""Two optimizer steps of preset S on a CPU, one row of 2048 tokens each. Prints peak GB of memory, loss,
+seconds.
 
     PYTHONPATH=. python tests/step_of_S.py
 """

@@ -1,4 +1,4 @@
-"""lab/bench.py: the contenders compute what they are compared with, every step trains, all figures come out."""
+"""lab/bench.py: contenders compute what they are compared with, every step trains, all figures come out."""
 import dataclasses
 import re
 
@@ -19,7 +19,7 @@ def model() -> MobileMoE:
     model = MobileMoE(TEST)
     for parameter in model.parameters():
         if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.1)           # loud enough that a wrong expert would be heard
+            torch.nn.init.normal_(parameter, std=0.1)           # a wrong expert would be heard
     return model
 
 
@@ -56,7 +56,8 @@ def test_a_run_prints_every_row_and_ratio_and_writes_nothing(call, tmp_path, mon
     code, out, err = call(bench.main, *SMALL)
     assert code == 0, err
     for row in ("drop-and-pad", "dropless, QAT", "dense, equal active size", "naive loop over experts",
-                "drop-and-pad, train.py's optimizers", "transformers grouped_mm", "causal_attention", "rms_norm",
+                "drop-and-pad, train.py's optimizers", "transformers grouped_mm", "causal_attention",
+                "rms_norm",
                 "drop-and-pad / transformers' best", "drop-and-pad / dense", "time of a QAT step / plain"):
         assert re.search(rf"^{re.escape(row)} +[\d.,]+", out, re.M), row
     assert not list(tmp_path.iterdir())

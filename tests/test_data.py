@@ -1,89 +1,105 @@
-"""data.py: nothing held out is trained on, no token is lost or repeated in batches, bad input gets one line."""
-
+"""data.py: nothing held out is trained on, nothing is lost without a word, bad input gets one line."""
 import ast
 import base64
+import functools
 import gzip
 import hashlib
+import inspect
+import io
 import json
 import os
+import random
 import re
-import signal
+import shutil
 import subprocess
 import sys
-import sysconfig
-import time
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import regex
+import torch
 
 import data
-from mobilemoe import UserError, encode_chat, tokenizer_from_dict
+from common import UserError, encode_chat, tokenizer_from_dict
 
-ROOT = Path(data.__file__).parent
-
-
-@pytest.fixture(scope="module")
-def other_process():
-    """A second scan, of another hash seed, beside the first one: half a minute becomes a quarter."""
-    script = "import data, hashlib; print(hashlib.sha256(repr(data.embedded_corpus()).encode()).hexdigest())"
-    environment = dict(os.environ, PYTHONHASHSEED="7", PYTHONPATH=str(ROOT))
-    with subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, text=True) as process:
-        yield process
+SAMPLE = """The quick brown fox's den; the quicker fox, the quickest.
+    def quick(fox):  return fox * 1234567  # the naïve Füchse, 狐狸, 🦊🦊
+aaaa aaaaaaa abab ababab \t\t\n\n\n    the  then  there  these   they'll we'll\n""" * 2
+TEXTS = [f"Document {i}: {SAMPLE[i % 50:i % 90 + 50]}\n" for i in range(3000)]
+CHATS = [[{"role": "user", "content": f"{i} <|begin_of_text|>?"}, {"role": "assistant", "content": f"{i}!"}]
+         for i in range(300)]
 
 
-@pytest.fixture(scope="module")
-def corpus(other_process) -> data.Corpus:
+def write_jsonl(path: Path, key: str, values: list) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (gzip.open if path.suffix == ".gz" else open)(path, "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps({key: value}) + "\n" for value in values)
+    return path
+
+
+def rank_lines(ranks: dict[bytes, int]) -> str:
+    return "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items())
+
+
+@pytest.fixture(scope="session")
+def corpus() -> data.Corpus:
     return data.embedded_corpus()
 
 
-@pytest.fixture(scope="module")
-def encoding(corpus):
-    return data.make_tokenizer(data.train_bpe(corpus.train["knowledge"][:60] + corpus.train["maths"][:20], 700), "test")
+@pytest.fixture(scope="session")
+def rank_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("ranks") / "given.tiktoken"
+    path.write_text(rank_lines(data.train_bpe([SAMPLE], 400)))
+    return path
 
 
-def flat(text: str) -> str:
-    return " ".join(text.split())
+@pytest.fixture(scope="session")
+def small(rank_file):
+    return data.load_tokenizer_file(rank_file)
 
-
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The embedded corpus
 
 
-def test_corpus_has_the_promised_size_and_share_held_out(corpus):
-    size = {domain: sum(map(len, corpus.train[domain])) / 1e6 for domain in data.DOMAINS}
-    assert 8 < sum(size.values()) < 16 and all(megabytes > 0.3 for megabytes in size.values())
+def test_the_corpus_has_the_promised_size_and_share_held_out(corpus):
+    assert 8e6 < sum(len(text) for texts in corpus.train.values() for text in texts) < 16e6
     for domain in data.DOMAINS:
         train, heldout = corpus.train[domain], corpus.heldout[domain]
-        assert 0.02 < len(heldout) / len(train + heldout) < 0.1
-        assert len(set(train + heldout)) == len(train) + len(heldout)   # no document twice, on either side
+        assert 0.02 < len(heldout) / len(train + heldout) < 0.1 and len("".join(train)) > 300_000
+        assert len({*train, *heldout}) == len(train) + len(heldout)     # no document twice, on either side
     assert 5_000 <= len(corpus.sft_train) <= 10_000
+
+
+def test_the_corpus_is_the_same_in_another_process(corpus):
+    script = "import data, hashlib; c = repr(vars(data.embedded_corpus())); print(hashlib.sha256(c.encode()).hexdigest())"
+    command = [sys.executable, "-c", script]
+    environment = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": str(Path(data.__file__).parent)}
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    assert said.strip() == hashlib.sha256(repr(vars(corpus)).encode()).hexdigest()
 
 
 def test_no_held_out_docstring_stands_in_any_training_text(corpus):
     """Searched for without the code that keeps them out: all of the docstring, but for white space."""
     everything = [text for documents in corpus.train.values() for text in documents]
     everything += [message["content"] for pair in corpus.sft_train for message in pair["messages"]]
-    haystack = flat("\n".join(everything))
-    words = haystack.split()
+    words = " ".join(everything).split()
+    haystack = " ".join(words)
 
     def found(docstrings: list[str]) -> list[str]:
-        # Only one whose second to sixth word stand somewhere can stand there whole (the first may follow a quote mark).
+        # One can stand there whole only if its second to sixth word do. (A quote mark may precede the first.)
         starts = {text: tuple(text.split()[1:6]) for text in docstrings}
-        wanted = set(starts.values())
-        present = {start for start in zip(*(words[i:] for i in range(5))) if start in wanted}
+        present = set(starts.values()).intersection(zip(*(words[i:] for i in range(5))))
         return [text for text, start in starts.items() if start in present and text in haystack]
 
-    heldout, trained = ([flat(document.partition("\n\n")[2]) for document in part["prose"]]
+    heldout, trained = ([" ".join(document.partition("\n\n")[2].split()) for document in part["prose"]]
                         for part in (corpus.heldout, corpus.train))
     assert found(trained[::100]) == trained[::100]                      # the search finds what is there
-    assert len(heldout) > 300 and min(map(len, heldout)) > 15
-    assert found(heldout) == []
+    assert len(heldout) > 300 and found(heldout) == []
 
 
-def test_leak_check_sees_through_layout():
+def test_the_leak_check_sees_through_layout_but_not_through_other_words():
     leaks = data.LeakCheck(["Return the sum of all the elements\nof the given array."])
     assert leaks('x = """\n    Return the sum of all the\n    elements of the given array.\n    """')
     assert leaks("Also: return. Return the sum of all the elements of the given array. Or of two.")
@@ -91,21 +107,28 @@ def test_leak_check_sees_through_layout():
     assert not leaks("Return the sum of all the elements of the given arrays.")
 
 
-def test_corpus_is_the_same_in_another_process(corpus, other_process):
-    output, _ = other_process.communicate(timeout=120)
-    assert output.strip() == hashlib.sha256(repr(corpus).encode()).hexdigest()
+def test_documents_are_the_docstrings_and_signatures_of_the_living_objects(corpus):
+    """`inspect` sees what Python made of the text that was only parsed here, C functions included."""
+    same, signatures = [], []
+    for document in corpus.train["prose"][::10] + corpus.heldout["prose"]:
+        head, _, text = document.partition("\n\n")
+        name, _, arguments = head.partition("(")
+        path = name.split(".")
+        places = [place for place in range(len(path) + 1) if ".".join(path[:place]) in sys.modules]
+        if not places:                                                  # a module that nobody imported here
+            continue
+        home = sys.modules[".".join(path[:places[-1]])]
+        living = functools.reduce(lambda owner, part: getattr(owner, part, None), path[places[-1]:], home)
+        if living is not None and inspect.getdoc(living):
+            same.append(text.strip()[:40] in inspect.getdoc(living))
+            if inspect.isfunction(living):
+                names = inspect.signature(living).parameters.keys() - {"self", "cls"}
+                signatures.append(names <= set(re.findall(r"\w+", arguments)))
+    assert len(same) > 500 and np.mean(same) > 0.97
+    assert len(signatures) > 300 and np.mean(signatures) > 0.97
 
 
-def test_documents_begin_with_name_and_signature(corpus):
-    documents = corpus.train["prose"] + corpus.heldout["prose"]
-    names = {document.partition("\n")[0]: document for document in documents}
-    assert "Matrix or vector norm." in names["numpy.linalg.norm(x, ord=None, axis=None, keepdims=False)"]
-    assert any(name.startswith("heapq.merge(*iterables") for name in names)
-    assert any(name.startswith("torch.nn.modules.linear.Linear(in_features, out_features") for name in names)
-    assert any(name.startswith("torch.Tensor.new_full(size, fill_value") for name in names)     # from add_docstr
-
-
-def test_find_documented_names_signatures_and_added_docstrings():
+def test_names_signatures_and_docstrings_added_from_outside_are_found():
     source = '''
 """A module."""
 if True:
@@ -130,10 +153,9 @@ add_newdoc("numpy._core.multiarray", "ndarray", ("shape", """The shape."""))
 add_newdoc("numpy._core.multiarray", "where", "where($self, a, /)\\n--\\n\\nWhere it is.")
 unrelated(1, "Not a docstring.")
 '''
-    found = [(t.name + t.signature, t.module, t.text.strip()) for t in
-             data.find_documented(ast.parse(source), "torch.special", source)]
+    found = [(thing.name + thing.signature, thing.module, thing.text.strip())
+             for thing in data.find_documented(ast.parse(source), "torch.special", "", None)]
     assert found == [
-        ("torch.special", "torch.special", "A module."),
         ("torch.special.A(size, *, deep=False)", "torch.special", "A class."),
         ("torch.special.A.method(x=1)", "torch.special", "A method."),
         ("torch.special.A.free(x, /, *rest, **more)", "torch.special", "A static method."),
@@ -144,28 +166,25 @@ unrelated(1, "Not a docstring.")
     ]
 
 
+def is_text(node: ast.AST) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(getattr(node.value, "value", None), str)
+
+
+def program(source: str) -> str:
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(body := getattr(node, "body", None), list):
+            node.body = [child for child in body if not is_text(child) and not isinstance(child, ast.Pass)]
+    return ast.dump(tree)
+
+
 @pytest.mark.parametrize("name", ["heapq", "dataclasses", "typing", "turtle"])
-def test_source_without_docstrings_is_the_same_program(name):
-    class Strip(ast.NodeTransformer):
-        def generic_visit(self, node):
-            super().generic_visit(node)
-            if isinstance(body := getattr(node, "body", None), list):
-                kept = [n for n in body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)
-                                                and isinstance(n.value.value, str))]
-                node.body = kept or [ast.Pass()]
-            return node
-
-    source = Path(sysconfig.get_path("stdlib"), f"{name}.py").read_text(encoding="utf-8")
+def test_source_without_docstrings_is_the_same_program_with_its_comments(name):
+    source = Path(os.__file__).with_name(f"{name}.py").read_text(encoding="utf-8")
+    source += '\ndef f(): "é doc"\nclass A:\n    """doc\n    more"""\n    x = "kept"; "gone"\n'
     stripped = data.without_docstrings(source, ast.parse(source))
-    assert ast.dump(ast.parse(stripped)) == ast.dump(Strip().visit(ast.parse(source))) != ast.dump(ast.parse(source))
-    assert "# " in stripped                                             # comments stay
-
-
-def test_without_docstrings_in_tight_places():
-    source = ('def f(): "é doc"\nclass A:\n    """doc\n    more"""\n    x = "kept"; "gone"\n'
-              '    def g(self):\n        "doc"\n')
-    stripped = data.without_docstrings(source, ast.parse(source))
-    assert stripped == 'def f(): pass\nclass A:\n    x = "kept"; pass\n    def g(self):\n        pass\n'
+    assert not any(map(is_text, ast.walk(ast.parse(stripped)))) and program(stripped) == program(source)
+    assert "# " in stripped and stripped.endswith('def f(): pass\nclass A:\n    x = "kept"; pass\n')
 
 
 def test_arithmetic_is_right_and_held_out_sums_are_never_worked(corpus):
@@ -178,95 +197,78 @@ def test_arithmetic_is_right_and_held_out_sums_are_never_worked(corpus):
         assert all(len({eval(side) for side in step.split(" = ")}) == 1 for step in (first, second))
         middle = first.partition(" = ")[2]
         assert second.startswith(f"{middle} ") and second.endswith(f" = {answer}")
-        a, operation, b, other, c = (first.partition(" = ")[0] + second.partition(" = ")[0].removeprefix(middle)).split()
-        assert re.findall(r"\d+", question) == [a, b, c]
-        assert "What" not in question or question == f"What is {a} {operation} {b} {other} {c}?"
-    known, needed = ({step for _, steps, _ in part for step in steps.split(", ")} for part in (train, heldout))
-    assert needed <= known                      # held-out sums are new, the steps they are made of are not
+        numbers = re.findall(r"\d+", first.partition(" = ")[0] + second.partition(" = ")[0].removeprefix(middle))
+        assert re.findall(r"\d+", question) == numbers
+    steps, needed = ({step for _, steps, _ in part for step in steps.split(", ")} for part in (train, heldout))
+    assert needed <= steps                      # held-out sums are new, the steps they are made of are not
     worked = {steps for _, steps, _ in train}
     assert not worked & {steps for _, steps, _ in heldout}
-    for pairs, allowed in ((corpus.sft_train, worked), (corpus.sft_heldout, {steps for _, steps, _ in heldout})):
-        assert {pair["messages"][1]["content"].partition(". The answer")[0] for pair in pairs if pair["kind"] == "arithmetic"
-                } <= allowed
+    answers = {pair["messages"][1]["content"] for pair in corpus.sft_train if pair["kind"] == "arithmetic"}
+    assert {answer.partition(". The answer")[0] for answer in answers} <= worked
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Questions and answers
-
-
-def test_fine_tuning_pairs_are_honest_short_and_separate(corpus, encoding):
+def test_questions_are_honest_short_and_held_out_by_subject(corpus):
+    subjects = []
     for pairs in (corpus.sft_train, corpus.sft_heldout):
-        assert set(Counter(pair["kind"] for pair in pairs)) == {"summary", "signature", "module", "arithmetic"}
-    signatures, subjects = {document.partition("\n")[0] for document in corpus.train["prose"]}, []
-    for pairs in (corpus.sft_train, corpus.sft_heldout):
+        assert {pair["kind"] for pair in pairs} == {"summary", "signature", "module", "arithmetic"}
         for pair in pairs:
             question, reply = pair["messages"]
             assert (question["role"], reply["role"]) == ("user", "assistant")
             assert pair["answer"] in reply["content"]
             assert len(question["content"]) + len(reply["content"]) < 600
-        subjects.append({re.search("`(.*)`", pair["messages"][0]["content"])[1] for pair in pairs if "`" in str(pair)
-                         and pair["kind"] in ("summary", "signature")})
+        subjects.append({re.search("`(.*)`", pair["messages"][0]["content"])[1] for pair in pairs
+                         if pair["kind"] in ("summary", "signature")})
     assert subjects[0] and subjects[1] and subjects[0].isdisjoint(subjects[1])
-    calls = [pair["answer"] for pair in corpus.sft_train if pair["kind"] == "signature"]
-    assert sum(call in signatures for call in calls) / len(calls) > 0.98    # the rest: short of words, or quoting
-    longest = max(len(data.encode_example(encoding, pair["messages"])[0]) for pair in corpus.sft_train[:500])
-    assert longest < 300                                                # with a 700-token vocabulary; 104 with 4,096
 
 
-def test_loss_only_on_the_answers(encoding):
-    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 2 + 2?"},
-                {"role": "assistant", "content": "Four."}, {"role": "user", "content": "Twice <|eot_id|> that?"},
-                {"role": "assistant", "content": "Eight."}]
-    ids, mask = data.encode_example(encoding, messages)
-    assert ids == encode_chat(encoding, messages, reply=False) and len(ids) == len(mask)
-    assert encoding.decode([i for i, m in zip(ids, mask) if m]) == "Four.<|eot_id|>Eight.<|eot_id|>"
-    prompt = encode_chat(encoding, messages[:2], reply=True)
-    assert ids[:len(prompt)] == prompt and not any(mask[:len(prompt)]) and mask[len(prompt)]
-    assert ids.count(encoding.encode_single_token("<|eot_id|>")) == len(messages)       # the user's own forged none
+def test_the_table_says_what_a_model_has_to_beat(corpus, call, monkeypatch):
+    monkeypatch.setattr(data, "embedded_corpus", lambda: corpus)
+    code, out, _ = call(data.main)
+    assert code == 0 and re.findall(r"^\| (\w+) .* 2\.[0-6]\d \|$", out, re.M)[0] == "prose"
+    assert all(f"--- {kind} ---" in out for kind in (*data.DOMAINS, "arithmetic", "module"))
+    text = corpus.heldout["code"][:5]
+    if shutil.which("xz"):
+        packed = subprocess.run(["xz", "-9e"], input="".join(text).encode(), capture_output=True).stdout
+        size = data.xz_bits_per_byte(text) * len("".join(text).encode()) / 8
+        assert size == pytest.approx(len(packed), abs=64)
 
-
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Tokenizer
-
-SAMPLE = """The quick brown fox's den; the quicker fox, the quickest.
-    def quick(fox):  return fox * 1234567  # the naïve Füchse, 狐狸, 🦊🦊
-aaaa aaaaaaa abab ababab \t\t\n\n\n    the  then  there  these   they'll we'll\n""" * 2
 
 
 def naive_bpe(texts: list[str], vocab_size: int) -> dict[bytes, int]:
-    """The definition: encode everything again after each new token, count all pairs, take the most frequent."""
+    """The definition: let tiktoken encode all of it again after each new token, take the most frequent pair."""
     ranks = {bytes([byte]): byte for byte in range(256)}
-    pieces = [piece for text in texts for piece in regex.findall(data.LLAMA3_PATTERN, text)]
-    pieces = [[bytes([byte]) for byte in piece.encode()] for piece in pieces]
+    pieces = [piece.encode() for text in texts for piece in regex.findall(data.LLAMA3_PATTERN, text)]
     while len(ranks) < vocab_size - len(data.SPECIAL_TOKENS):
-        encoded = [data.merge_pairs(piece, ranks) for piece in pieces]
-        pairs = Counter(a + b for parts in encoded for a, b in zip(parts, parts[1:]))
+        encoding = data.make_tokenizer(ranks, "naive")
+        pairs = Counter()
+        for piece in pieces:
+            parts = [encoding.decode_single_token_bytes(i) for i in encoding._encode_single_piece(piece)]
+            pairs.update(a + b for a, b in zip(parts, parts[1:]))
         if not pairs:
             break
         ranks[min(pairs, key=lambda pair: (-pairs[pair], pair))] = len(ranks)
     return ranks
 
 
-@pytest.mark.parametrize("vocab_size", [300, 10_000])           # the second asks for more than the text has to give
-def test_bpe_equals_the_naive_definition(vocab_size):
+@pytest.mark.parametrize("vocab_size", [300, 10_000])           # the second asks for more than the text gives
+def test_learned_ranks_are_those_of_the_naive_trainer(vocab_size):
     texts = [SAMPLE, SAMPLE.upper(), "banana bandana " * 3]
     ranks = data.train_bpe(texts, vocab_size)
     assert list(ranks.items()) == list(naive_bpe(texts, vocab_size).items())
-    assert data.make_tokenizer(ranks, "test").n_vocab == (vocab_size if vocab_size == 300 else len(ranks) + 5)
+    assert data.make_tokenizer(ranks, "test").n_vocab == (300 if vocab_size == 300 else len(ranks) + 5)
 
 
-def test_tiktoken_encodes_as_the_trainer_merged(corpus, encoding):
-    ranks = encoding._mergeable_ranks
+def test_text_comes_back_and_no_token_spans_two_pieces(corpus, small):
+    ranks = data.train_bpe(corpus.train["knowledge"][:60], 700)
+    assert len(ranks) == 695 and b" the" in ranks
+    assert not [token for token in ranks if re.search(rb"[a-z][ .\n]|[0-9]{4}", token)]
+    encoding = data.make_tokenizer(ranks, "test")
     for text in (SAMPLE, *corpus.heldout["prose"][:30], *corpus.heldout["code"][:3]):
-        ids = [ranks[part] for piece in regex.findall(data.LLAMA3_PATTERN, text)
-               for part in data.merge_pairs([bytes([byte]) for byte in piece.encode()], ranks)]
-        assert encoding.encode_ordinary(text) == ids
-        assert encoding.decode(ids) == text
-
-
-def test_no_token_spans_two_pieces(encoding):
-    assert encoding.n_vocab == 700 and encoding.encode_single_token(" the") >= 256
-    assert not [token for token in encoding._mergeable_ranks if re.search(rb"[a-z][ .\n]|[0-9]{4}", token)]
+        assert encoding.decode(encoding.encode_ordinary(text)) == text
+    entry = tokenizer_from_dict(json.loads(json.dumps(data.tokenizer_to_dict(encoding))))
+    assert entry.encode(SAMPLE + "<|eot_id|>", allowed_special="all") == [*encoding.encode_ordinary(SAMPLE), 699]
 
 
 def test_one_endless_piece_does_not_stall_the_trainer():
@@ -274,30 +276,16 @@ def test_one_endless_piece_does_not_stall_the_trainer():
     assert b"==" in ranks and b"====" not in ranks
 
 
-def test_special_tokens_and_the_checkpoint_entry(encoding):
-    assert [encoding.encode_single_token(token) for token in data.SPECIAL_TOKENS] == list(range(695, 700))
-    entry = tokenizer_from_dict(json.loads(json.dumps(data.tokenizer_to_dict(encoding))))
-    assert entry.encode(SAMPLE + "<|eot_id|>", allowed_special="all") == encoding.encode_ordinary(SAMPLE) + [699]
-    assert (entry.name, entry.n_vocab) == ("test", 700)
-
-
-def rank_lines(ranks) -> str:
-    return "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items())
-
-
-def test_load_tokenizer_file(tmp_path, encoding):
-    path = tmp_path / "mine.tiktoken"
-    path.write_text(data.tokenizer_to_dict(encoding)["ranks"])
-    loaded = data.load_tokenizer_file(path)
-    assert loaded.encode_ordinary(SAMPLE) == encoding.encode_ordinary(SAMPLE) and loaded.n_vocab == 700
+def test_special_tokens_are_where_llama_3_has_them(tmp_path):
     tokens = [bytes([byte]) for byte in range(256)] + [i.to_bytes(3, "big") for i in range(128_000 - 256)]
-    path.write_text(rank_lines({token: rank for rank, token in enumerate(tokens)}))     # as many ranks as Llama-3 has
+    path = tmp_path / "tokenizer.model"
+    path.write_text(rank_lines({token: rank for rank, token in enumerate(tokens)}) + "\n")
     llama3 = data.load_tokenizer_file(path)
     assert llama3.n_vocab == 128_256 and len(llama3._special_tokens) == 256
-    named = {128_000: "<|begin_of_text|>", 128_001: "<|end_of_text|>", 128_005: "<|reserved_special_token_3|>",
-             128_006: "<|start_header_id|>", 128_007: "<|end_header_id|>", 128_008: "<|reserved_special_token_4|>",
-             128_009: "<|eot_id|>", 128_010: "<|reserved_special_token_5|>", 128_255: "<|reserved_special_token_250|>"}
-    assert {i: llama3.decode([i]) for i in named} == named
+    named = {128_000: "begin_of_text", 128_001: "end_of_text", 128_005: "reserved_special_token_3",
+             128_006: "start_header_id", 128_007: "end_header_id", 128_008: "reserved_special_token_4",
+             128_009: "eot_id", 128_010: "reserved_special_token_5", 128_255: "reserved_special_token_250"}
+    assert {i: llama3.decode([i]) for i in named} == {i: f"<|{name}|>" for i, name in named.items()}
     assert data.tokenize_documents(["a"], llama3).dtype == np.uint32
 
 
@@ -305,40 +293,52 @@ BYTES = {bytes([byte]): byte for byte in range(256)}
 
 
 @pytest.mark.parametrize("content, says", [
-    (None, "cannot read"),
     ("", "not a whole"),
     (rank_lines(BYTES) + "garbage\n", "cannot read"),
     (rank_lines(BYTES) + "!!! 256\n", "cannot read"),
-    (rank_lines(BYTES)[:-5], "cannot read"),                               # truncated in the middle of the last line
+    (rank_lines(BYTES)[:-5], "cannot read"),                            # cut off in the last line
     (rank_lines(BYTES | {b"ab": 257}), "not a whole"),                  # a hole
     (rank_lines(BYTES) + "YWI= 255\n", "not a whole"),                  # a rank twice
-    (rank_lines({token: rank - 1 for token, rank in BYTES.items() if rank}), "not a whole"),     # a byte is missing
+    (rank_lines({token: rank - 1 for token, rank in BYTES.items() if rank}), "not a whole"),    # no byte 0
 ])
-def test_broken_tokenizer_files(tmp_path, content, says):
+def test_a_broken_tokenizer_file_is_refused(tmp_path, content, says):
     path = tmp_path / "broken.model"
-    if content is not None:
-        path.write_text(content)
+    path.write_text(content)
     with pytest.raises(UserError, match=says) as error:
         data.load_tokenizer_file(path)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+def test_a_conversation_is_encoded_as_chat_and_only_the_assistants_words_are_learned(small):
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 2 + 2?"},
+                {"role": "assistant", "content": " Four. "}, {"role": "user", "content": "<|eot_id|> And?"},
+                {"role": "assistant", "content": "Eight."}]
+    ids, mask = data.encode_example(small, messages)
+    assert ids == encode_chat(small, messages, reply=False) and len(ids) == len(mask)
+    assert small.decode([i for i, m in zip(ids, mask) if m]) == " Four. <|eot_id|>Eight.<|eot_id|>"
+    prompt = encode_chat(small, messages[:2], reply=True)
+    assert ids[:len(prompt)] == prompt and not any(mask[:len(prompt)]) and mask[len(prompt)]
+    assert ids.count(small.encode_single_token("<|eot_id|>")) == len(messages)      # the user forged none
+
+
+def test_encoding_a_conversation_takes_time_linear_in_its_messages(small, monkeypatch):
+    encoded, encode = [], data.encode
+    monkeypatch.setattr("common.encode", lambda encoding, text: encoded.append(text) or encode(encoding, text))
+    data.encode_example(small, CHATS[0] * 800)
+    assert len(encoded) <= 3 * 1600                                     # role, line breaks and content of each
+
+
+def test_documents_begin_with_their_token_which_no_text_can_forge(small):
+    docs = ["One <|begin_of_text|> two", "", "狐"]
+    stream, begin = data.tokenize_documents(docs, small), small.encode_single_token("<|begin_of_text|>")
+    assert stream.dtype == np.uint16 and (stream == begin).sum() == 3
+    assert stream.tolist() == [token for doc in docs for token in (begin, *small.encode_ordinary(doc))]
+
+# ----------------------------------------------------------------------------------------------------------
 # Batches
 
 
-def test_tokenize_documents(encoding):
-    docs = ["One <|eot_id|> two", "", "狐"]
-    stream = data.tokenize_documents(docs, encoding)
-    begin = encoding.encode_single_token("<|begin_of_text|>")
-    assert stream.dtype == np.uint16
-    assert stream.tolist() == [token for doc in docs for token in (begin, *encoding.encode_ordinary(doc))]
-    assert (stream >= 695).sum() == 3
-    with pytest.raises(UserError, match="2,000,000 characters"):
-        data.tokenize_documents([" " * 2_000_000], encoding)
-
-
-def test_mixture_makes_every_token_a_target_once_per_epoch():
+def test_a_mixture_makes_every_token_a_target_once_per_epoch():
     stream = np.arange(1000, 1000 + 10 * 16 + 7, dtype=np.uint16)       # ten windows of 16 and a short one
     mixture = data.Mixture({"prose": stream}, {"prose": 1.0}, context=16, seed=3)
     epochs = []
@@ -347,27 +347,23 @@ def test_mixture_makes_every_token_a_target_once_per_epoch():
         assert inputs.shape == targets.shape == (11, 16) and inputs.dtype == targets.dtype == np.int64
         real = targets != -100
         assert sorted(targets[real]) == stream[1:].tolist()
-        assert (targets[real] == inputs[real] + 1).all()                # each predicts the token that follows it
+        assert (targets[real] == inputs[real] + 1).all()                # each is the token that follows
         epochs.append(targets[:, 0].tolist())
     assert epochs[0] != epochs[1] != sorted(epochs[1])                  # a new order
 
 
-def test_mixture_batches_depend_on_seed_and_step_alone():
+def test_a_mixture_has_exact_weights_and_resumes_exactly():
     tokens = {"prose": np.arange(5000), "code": np.arange(10_000, 10_700), "maths": np.arange(20_000, 21_000)}
-    weights = {"prose": 0.6, "code": 0.3, "maths": 0.1, "knowledge": 0.5}       # there is no knowledge: the rest share
+    weights = {"prose": 0.6, "code": 0.3, "maths": 0.1, "knowledge": 0.5}       # no knowledge: the rest share
     first = data.Mixture(tokens, weights, 32, seed=5)
-    batches = [first.batch(step, 8) for step in range(300)]
-    for step in (299, 0, 150):                                          # resumed, and in any order
+    batches = [first.batch(step, 8) for step in range(250)]
+    for step in (249, 0, 150):                                          # resumed, and in any order
         again = data.Mixture(tokens, weights, 32, seed=5).batch(step, 8)
-        assert all((a == b).all() for a, b in zip(again, batches[step]))
-    assert (data.Mixture(tokens, weights, 32, seed=6).batch(0, 8)[0] != batches[0][0]).any()
-    rows = Counter(int(row) // 10_000 for inputs, _ in batches for row in inputs[:, 0])
-    assert [round(rows[i] / 2400, 2) for i in range(3)] == [0.6, 0.3, 0.1]
-    for inputs, _ in batches:                                           # even one small batch is close to the mixture
-        assert abs((inputs[:, 0] < 10_000).sum() - 8 * 0.6) <= 2
-
-
-def test_mixture_without_text():
+        assert np.array_equal(again, batches[step])
+    assert not np.array_equal(data.Mixture(tokens, weights, 32, seed=6).batch(0, 8), batches[0])
+    domains = np.array([inputs[:, 0] // 10_000 for inputs, _ in batches])       # [steps, B]
+    assert np.bincount(domains.ravel()).tolist() == [1200, 600, 200]
+    assert (abs((domains == 0).sum(1) - 8 * 0.6) <= 2).all()            # even one small batch is close to it
     with pytest.raises(UserError, match="no text"):
         data.Mixture({"prose": np.arange(1)}, {"prose": 1.0, "code": 0.5}, 16, seed=0)
 
@@ -379,7 +375,7 @@ def conversations(n: int) -> list[tuple[list[int], list[int]]]:
             for i, length in enumerate(lengths)]
 
 
-def test_packing_loses_and_repeats_nothing():
+def test_packing_cuts_loses_and_repeats_nothing():
     examples = conversations(300)
     packed = data.Packed(examples, context=64, seed=1, pad_id=0)
     rows = len(packed.ids)
@@ -388,67 +384,69 @@ def test_packing_loses_and_repeats_nothing():
     for epoch in range(2):
         inputs, targets = packed.batch(epoch, rows)                     # one batch = one epoch
         assert inputs.shape == targets.shape == (rows, 64) and inputs.dtype == targets.dtype == np.int64
-        learned = sorted(targets[targets != -100])
-        assert learned == sorted(token for ids, mask in examples for token, m in zip(ids, mask) if m)
-        text = [" ".join(map(str, row)) + " " for row in inputs]        # whole and in order, though a row's last ...
-        for ids, _ in examples:                                         # ... token is a target only, never an input
-            assert sum(" ".join(map(str, ids[:-1])) + " " in row for row in text) == 1
-        assert (targets[targets != -100] == inputs[targets != -100] + 1).all()
+        real = targets != -100
+        assert sorted(targets[real]) == [token for ids, mask in examples for token, m in zip(ids, mask) if m]
+        text = " ".join(map(str, inputs.ravel())) + " "                 # a row's last token may be a target only
+        assert all(text.count(" ".join(map(str, ids[:-1])) + " ") == 1 for ids, _ in examples)
+        assert (targets[real] == inputs[real] + 1).all()
         orders.append(inputs[:, 0].tolist())
     assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1])
+    again = data.Packed(examples, context=64, seed=1, pad_id=0)
+    assert np.array_equal(again.batch(33, 3), packed.batch(33, 3))      # resumed
 
 
-def test_packed_batches_depend_on_seed_and_step_alone():
-    examples = conversations(50)
-    first, again = (data.Packed(examples, 64, seed=1, pad_id=0) for _ in range(2))
-    batches = [first.batch(step, 3) for step in range(40)]
-    assert all((a == b).all() for a, b in zip(again.batch(33, 3), batches[33]))
-    assert (data.Packed(examples, 64, seed=2, pad_id=0).batch(0, 3)[0] != batches[0][0]).any()
-
-
-def test_a_conversation_longer_than_a_row_is_left_out_whole_and_counted():
+def test_a_conversation_longer_than_a_row_is_left_out_whole_and_said(capsys):
     examples = conversations(50)
     packed = data.Packed(examples, context=32, seed=1, pad_id=0)
-    assert packed.skipped == sum(len(ids) > 33 for ids, _ in examples) > 0
-    _, targets = packed.batch(0, len(packed.ids))
-    assert (targets != -100).sum() == sum(sum(mask) for ids, mask in examples if len(ids) <= 33)
-    with pytest.raises(UserError, match="at most 4 tokens"):
+    fitting = [mask for ids, mask in examples if len(ids) <= 33]
+    assert packed.skipped == 50 - len(fitting) > 0
+    assert f"{packed.skipped} of 50 conversations are longer than a row, 33 tokens" in capsys.readouterr().out
+    assert (packed.batch(0, len(packed.ids))[1] != -100).sum() == sum(map(sum, fitting))
+    with pytest.raises(UserError, match="50 of 50 .* longer context"):
         data.Packed(examples, context=3, seed=1, pad_id=0)
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# A folder of the reader's own
-
-
-def test_folder_corpus(tmp_path):
-    (tmp_path / "code").mkdir()
-    texts = [f"Document {i} of the folder, about nothing." for i in range(200)]
-    chats = [[{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"{i}!"}] for i in range(60)]
-    (tmp_path / "web.jsonl").write_text("".join(json.dumps({"text": text}) + "\n\n" for text in texts + texts[:9]))
-    with gzip.open(tmp_path / "maths.jsonl.gz", "wt", encoding="utf-8") as file:
-        file.write("".join(json.dumps({"text": f"{i} + 1 = {i + 1}"}) + "\n" for i in range(50)))
-    (tmp_path / "code" / "a.txt").write_text("\ufeffx = 1\n", encoding="utf-8")
-    (tmp_path / "code" / "b.txt").write_text("y = 'é'\r\n", encoding="utf-8")
-    (tmp_path / "chat.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
-    (tmp_path / "README.md").write_text("not read")
-    corpus = data.folder_corpus(tmp_path)
-    both = {domain: sorted(corpus.train[domain] + corpus.heldout[domain]) for domain in data.DOMAINS}
-    assert both["prose"] == sorted(texts) and len(both["maths"]) == 50
-    assert both["code"] == ["x = 1\n", "y = 'é'\n"] and both["knowledge"] == []
-    assert all(0 < len(corpus.heldout[d]) < len(corpus.train[d]) or d == "code" for d in ("prose", "code", "maths"))
-    assert len(corpus.heldout["code"]) == 1                             # too few for the 5 % rule, yet one is kept
-    assert len(corpus.sft_train) + len(corpus.sft_heldout) == 60 and corpus.sft_heldout
-    assert corpus.sft_train[0]["messages"] in chats and corpus.sft_train[0]["kind"] == "chat"
-    assert data.folder_corpus(str(tmp_path)) == corpus
+# ----------------------------------------------------------------------------------------------------------
+# The reader's own text
 
 
-def test_a_long_text_is_cut_without_losing_a_paragraph(tmp_path):
-    book = "\n\n".join(f"Paragraph {i}. " + "It goes on and on. " * 20 for i in range(300))
-    (tmp_path / "book.txt").write_text(book)
-    corpus = data.folder_corpus(tmp_path)
-    pieces = corpus.train["prose"] + corpus.heldout["prose"]
-    assert len(pieces) > 20 and corpus.heldout["prose"]
-    assert sorted(re.findall("Paragraph [0-9]+", "".join(pieces))) == sorted(re.findall("Paragraph [0-9]+", book))
+def test_a_folder_is_read_whole_and_says_what_was_left_out(tmp_path):
+    """Every document exactly once, whatever the file is called; nothing else stops the run."""
+    folder, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
+    pages = [f"Page {i}. " + "It goes on and on. " * 250 for i in range(30)]
+    write_jsonl(folder / "prose.jsonl", "text", TEXTS[:200] + TEXTS[:9])
+    write_jsonl(folder / "chats.jsonl", "messages", CHATS)
+    write_jsonl(folder / "Code" / "a.jsonl", "text", ["x = 1", "x = 2"])
+    write_jsonl(folder / "math" / "b.jsonl.gz", "text", ["1 + 1 = 2", "1 + 2 = 3"])
+    write_jsonl(folder / "code_01.jsonl", "text", ["x = 3", "x = 4"])
+    write_jsonl(elsewhere / "knowledge.jsonl", "text", ["Bern is a city.", "Rome is a city."])
+    for name in ("old.txt", ".cache", "runs", "mine"):
+        (folder / name).mkdir()
+        (folder / name / "notes.txt").write_text(f"\ufeffNotes in {name}.\r\nEnd.\r\n", encoding="utf-8")
+    (folder / "mine" / "tokens.pt").touch()
+    (folder / "BOOK.TXT").write_text("\n\n".join(pages))
+    (folder / "._prose.jsonl").write_bytes(b"\0\5\x16\7\xff")
+    (folder / "README.md").write_text("not read")
+    for name, target in (("link", elsewhere), ("again", elsewhere), ("loop", folder), ("gone.txt", "nowhere")):
+        (folder / name).symlink_to(target)
+    corpus = data.folder_corpus(folder)
+    read = {domain: sorted(corpus.train[domain] + corpus.heldout[domain]) for domain in data.DOMAINS}
+    assert read["code"] == ["x = 1", "x = 2", "x = 3", "x = 4"] and read["maths"] == ["1 + 1 = 2", "1 + 2 = 3"]
+    assert read["knowledge"] == ["Bern is a city.", "Rome is a city."]
+    assert sorted(re.findall(r"Page \d+", "".join(read["prose"]))) == sorted(page.split(".")[0] for page in pages)
+    assert [text for text in read["prose"] if "Page" not in text] == sorted([*TEXTS[:200], "Notes in old.txt.\nEnd.\n"])
+    assert len(corpus.heldout["prose"]) < 30 and len(corpus.sft_train) + len(corpus.sft_heldout) == 300
+    assert corpus.sft_heldout and {"kind": "chat", "messages": CHATS[0], "answer": "0!"} in corpus.sft_train + corpus.sft_heldout
+    for said in ("231 prose", "300 chat", "4 code", "2 .jsonl (code)", "1 .gz (maths)", "2 .txt (prose)",
+                 "2 hidden", "2 training runs", "1 .md", "1 .txt"):
+        assert said in corpus.source
+
+
+@pytest.mark.parametrize("path, domain", [
+    ("Code/a.jsonl", "code"), ("math/b.jsonl", "maths"), ("code_01.jsonl", "code"), ("web.jsonl", "prose"),
+    ("maths/prose.txt", "prose"), ("decode.txt", "prose"), ("a/knowledge-2.parquet", "knowledge"), ("x.txt", "prose"),
+])
+def test_a_near_miss_names_a_domain(path, domain):
+    assert data.domain_of(Path(path)) == domain
 
 
 GOOD = '{"text": "fine"}\n'
@@ -456,267 +454,84 @@ GOOD = '{"text": "fine"}\n'
 
 @pytest.mark.parametrize("name, content, says", [
     ("a.jsonl", GOOD + '{"text": "cut off\n', "a.jsonl, line 2: broken JSON"),
-    ("a.jsonl", GOOD + "[" * 100_000 + "\n", "a.jsonl, line 2: broken JSON"),
+    ("a.jsonl", GOOD + "[" * 100_000 + "\n", "a.jsonl, line 2: "),
     ("a.jsonl", GOOD + "\n[1, 2]\n", "a.jsonl, line 3: needs"),
     ("a.jsonl", '{"text": 5}\n', "a.jsonl, line 1: needs"),
-    ("a.jsonl", '{"title": "no text"}\n', "a.jsonl, line 1: needs"),
     ("a.jsonl", '{"messages": [{"role": "user", "content": "no answer"}]}\n', "a.jsonl, line 1: needs"),
     ("a.jsonl", '{"messages": [{"role": "assistant", "content": null}]}\n', "a.jsonl, line 1: needs"),
     ("a.jsonl", '{"messages": "hello"}\n', "a.jsonl, line 1: needs"),
-    ("a.jsonl", GOOD + '{"text": "\\ud800"}\n', "cannot read .*a.jsonl, near line 2"),
-    ("a.jsonl", GOOD.encode() + b'{"text": "caf\xe9"}\n', "a.jsonl, line 2: broken JSON"),
-    ("a.txt", b"caf\xe9", "cannot read .*a.txt"),
-    ("a.jsonl.gz", GOOD, "cannot read .*a.jsonl.gz"),
-    ("a.jsonl.gz", gzip.compress(GOOD.encode() * 1000)[:-12], "cannot read .*a.jsonl.gz"),
-    ("a.jsonl.gz", gzip.compress(GOOD.encode(), mtime=0)[:20] + b"\xff" * 999, "cannot read .*a.jsonl.gz"),
-    ("a.txt", "", "too little text"),
-    ("a.txt", "only one document", "too little text"),
-    ("a.md", "no such kind of file", "too little text"),
+    ("a.jsonl", GOOD + '{"text": "\\ud800"}\n', "a.jsonl, line 2: .*surrogates"),
+    ("a.jsonl", GOOD.encode() + b'{"text": "caf\xe9"}\n', "a.jsonl, line 2: .*utf-8"),
+    ("a.txt", b"caf\xe9", "a.txt, line .*utf-8"),
+    ("a.jsonl.gz", GOOD, "a.jsonl.gz, line .*gzip"),
+    ("a.jsonl.gz", gzip.compress(GOOD.encode() * 1000)[:-12], "a.jsonl.gz, line "),
+    ("a.parquet", "PAR1", "a.parquet, line 0: "),
+    ("a.txt", "", "two documents"),
+    ("a.jsonl", GOOD, "two documents of text in one domain: documents: 1 prose"),
+    ("a.jsonl", json.dumps({"messages": CHATS[0]}), "two documents of text .* 1 chat"),
+    ("a.md", "no such kind of file", "left out: 1 .md"),
 ])
-def test_bad_folders_get_one_line(tmp_path, name, content, says):
+def test_bad_text_gets_one_line_with_file_and_line(tmp_path, name, content, says):
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError, match=says) as error:
         data.folder_corpus(tmp_path)
     assert "\n" not in str(error.value)
-
-
-def test_missing_folder_and_unreadable_file(tmp_path):
     with pytest.raises(UserError, match="no folder .*nowhere"):
         data.folder_corpus(tmp_path / "nowhere")
-    (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere.txt")
-    with pytest.raises(UserError, match="cannot read .*gone.txt"):
-        data.folder_corpus(tmp_path)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+def test_parquet_is_read_like_jsonl(tmp_path):
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    for key, values in (("text", TEXTS[:700]), ("messages", CHATS)):
+        table = arrow.table({"number": list(range(len(values))), key: values})
+        parquet.write_table(table, tmp_path / "a.parquet", row_group_size=200)
+        with open(tmp_path / "a.parquet", "rb") as a, open(write_jsonl(tmp_path / "a.jsonl", key, values), "rb") as b:
+            assert list(data.read_documents(a)) == list(data.read_documents(b)) != []
+
+
+def test_one_line_of_a_megabyte_trains(tmp_path, rank_file):
+    text = " ".join(f"word{i}" for i in range(120_000))
+    (tmp_path / "a.txt").write_text(text)
+    corpus = data.folder_corpus(tmp_path)
+    assert sorted(" ".join(corpus.train["prose"] + corpus.heldout["prose"]).split()) == sorted(text.split())
+    data.tokenize_files([tmp_path], "prose", tmp_path / "out", rank_file)
+    streams, held = data.open_shards(tmp_path / "out")
+    assert len(streams["prose"]) > 100_000 and held.heldout["prose"]
+
+# ----------------------------------------------------------------------------------------------------------
 # Shards
 
 
-def shard_files(folder: Path) -> dict[str, bytes]:
+def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.fixture(scope="module")
-def rank_file(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("ranks") / "given.tiktoken"
-    path.write_text(rank_lines(data.train_bpe([SAMPLE], 400)))
-    return path
-
-
-@pytest.fixture(scope="module")
-def small(rank_file):
-    return data.load_tokenizer_file(rank_file)
-
-
-@pytest.fixture
-def small_shards(monkeypatch):
-    monkeypatch.setattr(data, "SAVE_SECONDS", 0)
-    monkeypatch.setattr(data, "CHUNK", 5_000)
-
-
-TEXTS = [f"Document {i}: {SAMPLE[i % 50:i % 90 + 50]}\n" for i in range(4000)]
-
-
-def write_jsonl(path: Path, key: str, values: list) -> Path:
-    with (gzip.open if path.suffix == ".gz" else open)(path, "wt", encoding="utf-8") as file:
-        file.writelines(json.dumps({key: value}) + "\n" for value in values)
-    return path
-
-
-def test_shards_are_the_documents_in_order_whatever_the_workers(tmp_path, small, rank_file, small_shards):
-    files = [write_jsonl(tmp_path / name, "text", texts)
-             for name, texts in (("a.jsonl", TEXTS[:2500]), ("b.jsonl.gz", TEXTS[2500:]))]
-    (tmp_path / "c.txt").write_text("\n\n".join(f"Paragraph {i}. " + "It goes on and on. " * 20 for i in range(100)))
-    pieces = [text for text, _, _ in data.read_documents(tmp_path / "c.txt")]
-    assert len(pieces) > 5
+def test_shards_are_the_documents_in_order_whatever_the_workers(tmp_path, small, rank_file):
+    files = [write_jsonl(tmp_path / "a.jsonl", "text", TEXTS[:2000]),
+             write_jsonl(tmp_path / "b.jsonl.gz", "text", TEXTS[2000:])]
     for workers in (1, 3):
-        data.tokenize_files([*files, tmp_path / "c.txt"], "web", tmp_path / f"out{workers}", rank_file, workers)
-    assert shard_files(tmp_path / "out1") == shard_files(tmp_path / "out3")
-    held = json.loads((tmp_path / "out1" / "prose.json").read_text())["heldout"].values()
-    assert TEXTS[0] in held and 2 < len(held) < 12                      # one in a thousand, and the first
-    stream = data.open_shards(tmp_path / "out1")["train"]["prose"]
-    expected = data.tokenize_documents([text for text in TEXTS + pieces if text not in held], small)
-    assert len(stream) == len(expected) and (stream == expected).all()
-    assert isinstance(stream, np.memmap)                                # on the disk, not in memory
-    plain, mapped = (data.Mixture({"code": tokens}, {"code": 1.0}, 16, seed=1) for tokens in (expected, stream))
-    for step in range(20):
-        assert all((a == b).all() for a, b in zip(plain.batch(step, 8), mapped.batch(step, 8)))
-    opened = data.open_shards(tmp_path / "out1")
-    assert opened["heldout"]["prose"]["ids"].tolist() == data.tokenize_documents(held, small).tolist()
-    assert opened["heldout"]["prose"]["bytes"] == sum(len(text.encode()) for text in held)
-    assert opened["xz"] == {"prose": data.xz_bits_per_byte(list(held))} and not len(opened["chat"]["ids"])
-    assert tokenizer_from_dict(opened["tokenizer"]).encode_ordinary(SAMPLE) == small.encode_ordinary(SAMPLE)
+        data.tokenize_files(files, "web", tmp_path / f"out{workers}", rank_file, workers)
+    assert contents(tmp_path / "out1") == contents(tmp_path / "out3")
+    streams, corpus = data.open_shards(tmp_path / "out1")
+    held = corpus.heldout["prose"]
+    assert TEXTS[0] in held and 1 < len(held) < 12                      # one in a thousand, and the first
+    expected = data.tokenize_documents([text for text in TEXTS if text not in held], small)
+    assert np.array_equal(streams["prose"], expected)
+    assert isinstance(streams["prose"], np.memmap)                      # on the disk, not in memory
 
 
-TOKENIZE = """import signal, sys, data
-signal.signal(signal.SIGINT, signal.default_int_handler)        # a shell's background job ignores Ctrl-C
-data.SAVE_SECONDS, data.CHUNK = 0, 5_000
-data.tokenize_files(sys.argv[1:2], "prose", sys.argv[2], sys.argv[3], 2)"""
-
-
-def test_killed_and_begun_again_ends_in_the_same_bytes(tmp_path, rank_file, small_shards):
-    path, out = write_jsonl(tmp_path / "a.jsonl", "text", TEXTS * 12), tmp_path / "out"
-    data.tokenize_files([path], "prose", tmp_path / "whole", rank_file)
-    index, saved = out / "prose.json", [0]
-    for blow in (signal.SIGKILL, signal.SIGINT, signal.SIGKILL):
-        command = [sys.executable, "-c", TOKENIZE, path, out, rank_file]
-        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-            while not index.exists() or json.loads(index.read_text())["tokens"] < saved[-1] + 50_000:
-                assert process.poll() is None, "finished before it could be killed"
-                time.sleep(0.001)
-            process.send_signal(blow)
-        with pytest.raises(UserError, match="unfinished"):
-            data.open_shards(out)
-        saved.append(json.loads(index.read_text())["tokens"])
-        with open(out / "prose.bin", "ab") as file:                     # as if killed while it wrote
-            file.write(b"half a tok")
-    data.tokenize_files([path], "prose", out, rank_file)
-    assert shard_files(out) == shard_files(tmp_path / "whole")          # and no .part is left
-
-
-def test_what_was_saved_is_not_made_again(tmp_path, rank_file, small_shards, monkeypatch):
+def test_tokenize_goes_on_after_the_last_finished_file(tmp_path, rank_file, call):
     files = [write_jsonl(tmp_path / f"{i}.jsonl", "text", TEXTS[i::3]) for i in range(3)]
-    data.tokenize_files(files, "prose", tmp_path / "whole", rank_file, 1)
-    encode, calls = data.encode_chunk, []
-
-    def crash_at(limit: int):
-        def crashing(docs, *rest):
-            calls.append(len(docs))
-            if len(calls) > limit:
-                raise MemoryError
-            return encode(docs, *rest)
-        monkeypatch.setattr(data, "encode_chunk", crashing)
-
-    crash_at(40)
-    with pytest.raises(MemoryError):
-        data.tokenize_files(files, "prose", tmp_path / "out", rank_file, 1)
-    crash_at(10 ** 9)
-    data.tokenize_files(files, "prose", tmp_path / "out", rank_file, 1)
-    assert shard_files(tmp_path / "out") == shard_files(tmp_path / "whole")
-    assert sum(calls) < len(TEXTS) + 5 * max(calls)                     # a group of four, and the one that failed
-
-
-def test_a_broken_line_costs_nothing_that_was_finished(tmp_path, rank_file, small_shards):
-    path = write_jsonl(tmp_path / "a.jsonl", "text", TEXTS)
-    good = path.read_bytes()
-    data.tokenize_files([path], "prose", tmp_path / "whole", rank_file, 2)
-    lines = good.splitlines(keepends=True)
-    path.write_bytes(b"".join([*lines[:3000], b'{"text": "cut\n', *lines[3000:]]))
-    with pytest.raises(UserError, match="a.jsonl, line 3001: broken JSON"):
-        data.tokenize_files([path], "prose", tmp_path / "out", rank_file, 2)
-    assert json.loads((tmp_path / "out" / "prose.json").read_text())["tokens"] > 10_000
-    path.write_bytes(good)
-    data.tokenize_files([path], "prose", tmp_path / "out", rank_file, 2)
-    assert shard_files(tmp_path / "out") == shard_files(tmp_path / "whole")
-
-
-def test_conversations_in_shards(tmp_path, small, rank_file, small_shards):
-    chats = [[{"role": "user", "content": f"{i} <|begin_of_text|>?"}, {"role": "assistant", "content": f"{i}!"}]
-             for i in range(2000)]
-    data.tokenize_files([write_jsonl(tmp_path / "a.jsonl", "messages", chats)], "chat", tmp_path / "out", rank_file, 2)
-    opened = data.open_shards(tmp_path / "out")
-    held = [example["messages"] for example in opened["sft_heldout"]]
-    assert {"kind": "chat", "messages": chats[0], "answer": "0!"} in opened["sft_heldout"]
-    expected = [data.encode_example(small, chat) for chat in chats if chat not in held]
-    chat = opened["chat"]
-    assert chat["lengths"].tolist() == [len(ids) for ids, _ in expected] and opened["train"] == opened["heldout"] == {}
-    assert chat["ids"].tolist() == [i for ids, _ in expected for i in ids]
-    assert chat["mask"].tolist() == [bool(m) for _, mask in expected for m in mask]
-
-
-def test_parquet(tmp_path, rank_file, small_shards):
-    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    chats = [[{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"{i}!"}] for i in range(300)]
-    for domain, key, values in (("prose", "text", TEXTS[:700]), ("chat", "messages", chats)):
-        columns = {"number": list(range(len(values))), key: values}
-        parquet.write_table(arrow.table(columns), tmp_path / "a.parquet", row_group_size=200)
-        data.tokenize_files([tmp_path / "a.parquet"], domain, tmp_path / "a", rank_file, 1)
-        data.tokenize_files([write_jsonl(tmp_path / "a.jsonl", key, values)], domain, tmp_path / "b", rank_file, 1)
-        for name in (f"{domain}.bin", "mobilemoe.tiktoken"):
-            assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() != b""
-    for bad, says in (({"text": ["fine", None]}, "row 2: needs"), ({"body": ["no such column"]}, "row 1: needs")):
-        parquet.write_table(arrow.table(bad), tmp_path / "bad.parquet")
-        with pytest.raises(UserError, match=f"bad.parquet, {says}"):
-            data.tokenize_files([tmp_path / "bad.parquet"], "code", tmp_path / "a", None, 1)
-    (tmp_path / "bad.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-9])
-    with pytest.raises(UserError, match="cannot read .*bad.parquet") as error:
-        data.tokenize_files([tmp_path / "bad.parquet"], "code", tmp_path / "a", None, 1)
-    assert "\n" not in str(error.value)
-
-
-def test_parquet_without_pyarrow(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(UserError, match="pip install pyarrow"):
-        next(data.read_documents(tmp_path / "a.parquet"))
-
-
-def test_a_text_without_blank_lines_is_cut(tmp_path):
-    (tmp_path / "a.txt").write_text("é word\n" * 400_000)
-    pieces = [text for text, _, _ in data.read_documents(tmp_path / "a.txt")]
-    assert len(pieces) == 3 and "".join(pieces) == "é word\n" * 400_000
-
-
-def test_the_default_tokenizer_is_learned_once_and_kept(tmp_path, monkeypatch, call, refused, rank_file):
-    corpus = data.Corpus()
-    corpus.train["prose"] = TEXTS[:50]
-    calls = []
-    monkeypatch.setattr(data, "embedded_corpus", lambda: calls.append(1) or corpus)
-    path, out = write_jsonl(tmp_path / "a.jsonl", "text", TEXTS[:100]), tmp_path / "out"
-    for domain in ("web", "code", "web"):
-        code, said, _ = call(data.main, "tokenize", path, "--domain", domain, "--out", out)
-        assert code == 0
-    assert "finished before" in said and calls == [1]
-    learned = data.learn_tokenizer(corpus, 4096)
-    opened = data.open_shards(out)
-    assert opened["tokenizer"] == data.tokenizer_to_dict(learned) and list(opened["train"]) == ["prose", "code"]
-    arguments = ("tokenize", path, "--domain", "maths", "--out", out, "--tokenizer", rank_file)
-    assert "another tokenizer" in refused(data.main, *arguments)
-
-
-def test_what_tokenize_refuses(tmp_path, refused, rank_file):
-    path, out = write_jsonl(tmp_path / "a.jsonl", "text", TEXTS[:100]), tmp_path / "out"
-    chat = write_jsonl(tmp_path / "chat.jsonl", "messages", [[{"role": "assistant", "content": "Hello."}]])
-    (tmp_path / "a.md").write_text("text")
-
-    def says(file: Path, domain: str = "prose") -> str:
-        return refused(data.main, "tokenize", file, "--domain", domain, "--out", out, "--tokenizer", rank_file)
-
-    assert "unknown domain 'news'" in says(path, "news")
-    assert "a.md is not" in says(tmp_path / "a.md") and "b.txt is not" in says(tmp_path / "b.txt")
-    assert "chat.jsonl, document 1" in says(chat) and "a.jsonl, document 1" in says(path, "chat")
-    assert not out.exists() or list(out.iterdir()) == [out / data.RANKS]
-    data.tokenize_files([path], "prose", out, rank_file, 1)
-    assert "other files" in says(chat)
-    index = (out / "prose.json").read_text()
-    for damage in (lambda: os.truncate(out / "prose.bin", 100), (out / "prose.bin").unlink,
-                   lambda: (out / "prose.json").write_text(index[:20])):
-        damage()
-        with pytest.raises(UserError, match="prose.json or its .bin is damaged"):
-            data.open_shards(out)
-        assert "damaged" in says(path)
-
-
-@pytest.mark.slow
-def test_memory_does_not_grow_with_the_files(tmp_path, rank_file):
-    script = TOKENIZE.replace("0, 5_000", "1, 2 ** 19") + """
-import resource
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"""
-    peaks = []
-    for times in (10, 100):
-        path = write_jsonl(tmp_path / f"{times}.jsonl", "text", TEXTS * times)
-        command = [sys.executable, "-c", script, path, tmp_path / str(times), rank_file]
-        said = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, text=True).stdout
-        peaks.append(int(said.split()[-1]) / 1024)
-    assert peaks[1] < peaks[0] + 60 and peaks[1] < 1000, peaks           # MB; the files are 5 MB and 50 MB
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def test_the_table_of_the_corpus(corpus, call, monkeypatch):
-    monkeypatch.setattr(data, "embedded_corpus", lambda: corpus)
-    _, out, _ = call(data.main)
-    rows = {line.split()[0]: line.split() for line in out.splitlines()[1:5]}
-    assert list(rows) == list(data.DOMAINS)
-    assert 2.0 < float(rows["prose"][-1]) < 2.6                         # what the model has to beat, about 2.27
-    assert "--- arithmetic ---" in out
+    data.tokenize_files(files, "prose", tmp_path / "whole", rank_file, 2)
+    good, out = files[1].read_bytes(), tmp_path / "out"
+    files[1].write_bytes(good[:-20])
+    with pytest.raises(UserError, match="1.jsonl, line 1000: broken JSON"):
+        data.tokenize_files(files, "prose", out, rank_file, 2)
+    with pytest.raises(UserError, match="1.jsonl, line 1000|other files"):
+        data.tokenize_files(files, "prose", out, rank_file, 2)
+    with pytest.raises(UserError, match="unfinished"):
+        data.open_shards(out)
+    with open(out / "prose.bin", "ab") as stream:                       # as if killed while it wrote
+        stream.write(b"half a tok")
+    files[0].write_bytes(b"x" * files[0].stat().st_size)                # finished: nobody reads it again
+    files[1].write_bytes(good)

@@ -1,4 +1,4 @@
-"""lab/scaling_law.py: the law and its reduced form, recovery of the published one, budgets, a sweep for real."""
+"""lab/scaling_law.py: the law, recovery of the published one, budgets, a sweep for real."""
 import itertools
 import json
 import math
@@ -17,7 +17,8 @@ EXPERTS = np.array([1, 2, 4, 8, 16, 32])
 
 
 def test_the_published_coefficients_give_the_published_curve():
-    np.testing.assert_allclose(law(0.3, 500, EXPERTS), [2.391, 2.356, 2.345, 2.346, 2.350, 2.355], atol=0.0006)
+    published = [2.391, 2.356, 2.345, 2.346, 2.350, 2.355]
+    np.testing.assert_allclose(law(0.3, 500, EXPERTS), published, atol=0.0006)
 
 
 def test_effective_experts_start_at_one_rise_and_stay_bounded():
@@ -32,7 +33,7 @@ def test_with_E_fixed_the_law_is_chinchillas(E):
     k = chinchilla(E)
     chinchillas = k["A"] * N ** k["alpha"] + k["B"] * D ** k["beta"] + k["c"]
     np.testing.assert_allclose(chinchillas, law(N, D, E), rtol=1e-14)
-    assert E > 1 or k == {name: PUBLISHED[name] for name in k}     # ln 1 = 0: a dense model has the plain ones
+    assert E > 1 or k == {name: PUBLISHED[name] for name in k}     # ln 1 = 0
 
 
 def test_the_law_is_the_joint_moe_law():
