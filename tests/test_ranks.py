@@ -1,4 +1,4 @@
-"""train.py under torchrun: two processes (gloo, FSDP2) train the model of one, and read each other's files."""
+"""train.py under torchrun: two processes (gloo, FSDP2) train one process' model, and read its files."""
 import dataclasses
 import os
 import subprocess
