@@ -172,7 +172,8 @@ def encode_chat(encoding, messages: list[dict], reply: bool) -> list[int]:
     """A conversation as token ids. `reply` adds the header that invites the assistant to answer.
 
     The format's own tokens are placed by id and the words are encoded as ordinary text, so a user who types
-    "<|eot_id|>" has typed ten characters and ended nothing. """
+    "<|eot_id|>" has typed ten characters and ended nothing.
+    """
     invitation = [{"role": "assistant"}] if reply else []
     return [i for ids, _ in chat_parts(encoding, [*messages, *invitation]) for i in ids]
 
@@ -260,7 +261,8 @@ def keep_memory() -> None:
     A step of training writes hundreds of buffers of megabytes. By default glibc hands the larger ones back to
     the system each time, and the next one comes back page by page: a step of S takes 29 s with 2 MB pages
     alone and 19 s with both (`PYTHONPATH=. python tests/step_of_S.py`). Who sets GLIBC_TUNABLES is obeyed.
-    Price: torch is imported twice. """
+    Price: torch is imported twice.
+    """
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = ("glibc.malloc.hugetlb=1:"
                                         "glibc.malloc.mmap_max=0:"      # no buffer is too large to be kept
@@ -273,7 +275,8 @@ def in_fresh_process(function: str, order: dict) -> tuple[dict, str]:
 
     The order goes in and the result comes out as JSON through pipes, never through the command line. Raises
     UserError with the process' last words if it dies: llama.cpp may abort the process it is in, and must not
-    take ours along. """
+    take ours along.
+    """
     module, name = function.rsplit(".", 1)
     code = f"import common, {module}; common.serve({module}.{name})"
     paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -340,7 +343,8 @@ def ask_llama_cpp(path: str | Path, **question) -> dict:
     template=messages          {"tokens": ids} of a conversation as the file's own chat template renders it
 
     and, beside it, for start_llama_cpp's kv and threads. Raises UserError without xllamacpp, or if llama.cpp
-    fails. """
+    fails.
+    """
     if importlib.util.find_spec("xllamacpp") is None:
         raise UserError("llama.cpp is not here to be asked: `pip install xllamacpp` brings it as a wheel")
     answer, _ = in_fresh_process("common.answer_as_llama_cpp", {"path": str(path), **question})

@@ -264,7 +264,8 @@ def loop_over_experts(self: "Experts", x: Tensor, weights: Tensor, experts: Tens
     """The definition of the expert layer. x [N, D], weights [N, A], experts [N, A] -> [N, D].
 
     Each expert takes the first `capacity` tokens that want it and drops the rest. The residual carries those
-    on. """
+    on.
+    """
     y = torch.zeros_like(x)                                                # [N, D]
     for e, (gate_up, down) in enumerate(zip(self.gate_up_proj.unbind(), self.down_proj.unbind())):
         token, slot = torch.where(experts == e)                            # [n] who wants this expert

@@ -5,7 +5,8 @@ orthogonal matrix, so that every direction moves equally far at every step. What
 router and norms, which keep AdamW (train.optimizers).
 
 torch.optim.Muon takes single matrices only. Here a stack of experts [E, in, out] is E matrices, made
-orthogonal in one batch. Nothing to run. """
+orthogonal in one batch. Nothing to run.
+"""
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
