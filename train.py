@@ -79,7 +79,9 @@ PAPER = {   #        tokens  context  batch    peak  decay     final  capacity  
     "midtrain": Stage(500e9,    8192, 2**22,   4e-5, "linear",   0.0,     1.5,  1e-3, FOCUS),
     "sft":      Stage(126e9,    8192, 2**20,   4e-6, "cosine",   0.0,    None,     0, dict(chat=1)),
     "qat":      Stage( 21e9,    8192, 2**20,   4e-6, "cosine",   0.0,    None,     0, dict(chat=1), True)}
-# Minutes instead of months, so much higher rates; peak is Muon's (see `optimizers`).
+# Minutes instead of months, so much higher rates; peak is Muon's (see `optimizers`). The first stage sees
+# short rows because a token there costs less; later stages see longer ones and, as in the paper, focused
+# text. The last two are dropless: no token of an answer may be lost.
 TINY = {
     "pretrain": Stage(2.45e6,    256,  4096,   0.02, "cosine",   0.3,     1.5,  1e-2, DOCS),
     "midtrain": Stage(0.95e6,    512,  4096,  0.006, "linear",   0.0,     1.5,  1e-2, DOCS_FOCUS),
@@ -96,12 +98,15 @@ def stages_for(config: Config) -> dict[str, Stage]:
     return PAPER if config.active_params() >= 100e6 else TINY
 
 # ----------------------------------------------------------------------------------------------------------
-# Batches
+# Batches: what one step trains on
 
 
 class Batches:
-    """Rows for one stage, text and conversations mixed by weight. Batch n depends on (seed, n) alone, so
-    resuming is exact."""
+    """Rows for one stage, text and conversations mixed by weight.
+
+    Batch n depends on (seed, n) alone. So a resumed run sees exactly the batches it would have seen, and
+    ranks agree on a batch without talking to each other.
+    """
 
     def __init__(self, prepared: dict, stage: Stage, seed: int):
         weights = dict(stage.mixture)
@@ -134,7 +139,9 @@ SHARES = {"embedding": 0.4, "router": 0.1, "norms": 0.4}
 def optimizers(model: MobileMoE, stages: dict[str, Stage]) -> list[torch.optim.Optimizer]:
     """AdamW for the paper's sizes; for short runs Muon on the blocks' matrices, AdamW on the rest.
 
-    No weight decay on norms. A group's "share" of the stage's rate survives the schedule, which sets "lr".
+    Under FSDP the parameters are new objects, so this is called last. No weight decay on norms: a decayed
+    norm weight only shrinks what the next matrix reads. A group's "share" of the stage's rate survives the
+    schedule, which sets "lr" at every step.
     """
     kinds = collections.defaultdict(list)
     for name, p in model.named_parameters():
@@ -211,7 +218,10 @@ def train_step(model, opts, stage: Stage, batches: Batches, step: int, steps: in
 
 
 def summarise(results: list[dict], bits: float) -> dict:
-    """What the steps since the last record did, as the screen, log.jsonl and the report show it."""
+    """What the steps since the last record did, as the screen, log.jsonl and the report show it.
+
+    Raises UserError if no loss of five steps was finite: skipping bad steps has then stopped helping.
+    """
     if len(results) == 5 and not any(math.isfinite(result["loss"]) for result in results):
         raise UserError("the loss is not a number any more: lower peak_lr in the table of train.py, or look "
                         "for damaged text in the data")
@@ -246,7 +256,7 @@ def train_stage(model: MobileMoE, stage: Stage, batches: Batches, prepared: dict
     """
     device = next(model.parameters()).device
     model.compute_dtype = matmul_dtype(device)
-    if stage.int4:
+    if stage.int4:                  # from here on every matrix that the forward pass reads is rounded
         attach(model)
     for block in model.model.layers if less_memory else ():
         block.forward = functools.partial(recompute, block.forward, use_reentrant=False)
@@ -329,6 +339,7 @@ def read_resume_state(run: Path, begun: dict) -> dict | None:
 
 def run_stage(name: str, args, prepared: dict, device: torch.device) -> None:
     """Load what the stage starts from, train, measure, sample, save."""
+    # Seeded even where a checkpoint brings the weights: nothing here may depend on what ran before.
     position = STAGES.index(name)
     torch.manual_seed(args.seed)
     if not position:
@@ -346,9 +357,11 @@ def run_stage(name: str, args, prepared: dict, device: torch.device) -> None:
     begun = {"stage": name, "seed": args.seed, "config": dataclasses.asdict(config), "tokens": stage.tokens,
              "micro_rows": rows_at_a_time(stage, args.micro_rows)}
     resume = read_resume_state(args.run, begun) if args.resume else None
+    # Another seed for each stage, or mid-training would begin with the windows that pre-training began with.
     batches = Batches(prepared, stage, args.seed + position)
     row = train_stage(model.to(device), stage, batches, prepared, args.run, begun, resume,
                       args.checkpoint_activations)
+    # All ranks take part in this: each holds a piece of every weight.
     weights = {name: whole(tensor).cpu() for name, tensor in master_state_dict(model).items()}
     if RANK:
         return                      # rank 0 alone measures and writes
@@ -472,6 +485,7 @@ def read_arguments():
 def main():
     start = time.time()
     args = read_arguments()
+    # What is asked for is checked before anything is read or written.
     stages = STAGES if args.stage == "all" else (args.stage,)
     finished = [name for name in STAGES if (args.run / f"{name}.pt").exists()]
     if args.stage == "all" and not args.resume and (finished or (args.run / "resume.pt").exists()):
@@ -489,6 +503,7 @@ def main():
             sum_over_ranks(torch.zeros(1, device=device))       # wait: the next stage reads the checkpoint
     if WORLD > 1:
         dist.destroy_process_group()
+    # A single stage ends with its checkpoint. The whole recipe ends with the file for the phone.
     if args.stage == "all" and RANK == 0:
         export_and_report(args.run, (time.time() - start) / 60)
 
