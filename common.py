@@ -36,6 +36,8 @@ class UserError(Exception):
 
 def run_main(main: Callable[[], None]) -> None:
     """Run a script's main. Errors the user can fix become one line and exit code 2, Ctrl-C exit code 130."""
+    for stream in (sys.stdout, sys.stderr):     # a terminal without UTF-8 shows ? for what it cannot print
+        stream.reconfigure(errors="replace")
     try:
         main()
     except UserError as error:

@@ -485,7 +485,9 @@ def folder_corpus(folder: str | Path) -> Corpus:
         raise UserError(f"{folder} needs at least two documents of text in one domain: {corpus.source}")
     for domain, texts in found.items():
         kept = {}
-        training = list(hold_out(texts, 0.05, kept)) or list(texts)     # a single one is trained on
+        training = list(hold_out(texts, 0.05, kept))
+        if not training:                # a single one is trained on, and nothing held out
+            training, kept = list(texts), {}
         if domain == "chat":
             corpus.sft_train = [conversation(text) for text in training]
             corpus.sft_heldout = [conversation(text) for text in kept.values()]
@@ -767,7 +769,17 @@ def tokenize_files(inputs: list, domain: str, out: str | Path, tokenizer: str | 
     progress = Progress(domain, sum(sizes) / 1e6, "MB")
     # Threads will do: tiktoken lets go of Python's lock while it works.
     with open(out / f"{domain}.bin", "ab") as stream, ThreadPoolExecutor(workers) as pool:
-        stream.truncate(index["tokens"] * to_tokens([]).itemsize)       # what an interrupted file left behind
+        def save():
+            stream.flush()
+            os.fsync(stream.fileno())       # else the index could be on the disk before the tokens it counts
+            with atomic_write(out / f"{domain}.json") as file:
+                file.write(json.dumps(index).encode())
+
+        size = index["tokens"] * to_tokens([]).itemsize
+        if stream.tell() < size:
+            raise UserError(f"{out / domain}.json counts tokens that its .bin lacks: delete both")
+        stream.truncate(size)               # what an interrupted file left behind goes
+        save()                              # at once, so that nobody trains on less than all by mistake
         for number in range(index["finished"], len(files)):
             with open(files[number], "rb") as file:
                 texts = (text for text, _ in read_documents(file, domain))
@@ -778,11 +790,8 @@ def tokenize_files(inputs: list, domain: str, out: str | Path, tokenizer: str | 
                         index["tokens"] += len(ids)
                     index["documents"] += len(group)
                     progress.show((sum(sizes[:number]) + file.tell()) / 1e6, f"{index['tokens']:,} tokens")
-            stream.flush()
-            os.fsync(stream.fileno())       # else the index could be on the disk before the tokens it counts
             index["finished"] += 1
-            with atomic_write(out / f"{domain}.json") as file:
-                file.write(json.dumps(index).encode())
+            save()
     kinds = Counter(path.suffix.lower() for path in files)
     print(f"{domain}: {index['tokens']:,} tokens | documents: {index['documents']:,} to train on, "
           f"{len(index['heldout'])} held out | files: {counted(kinds)} | left out: {counted(left_out)}")
@@ -794,9 +803,9 @@ def open_shards(folder: str | Path) -> tuple[dict[str, np.ndarray], Corpus]:
     """({domain or "chat": tokens, mapped into memory, not read}, what is held out). Raises UserError."""
     streams, corpus = {}, Corpus(f"shards in {folder}")
     for path in (Path(folder, f"{domain}.json") for domain in (*DOMAINS, "chat")):
-        index = read_json(path) if path.is_file() else {"tokens": 0}
-        if not index["tokens"]:
+        if not path.is_file():
             continue
+        index = read_json(path)
         if index["finished"] < len(index["inputs"]):
             raise UserError(f"{path.stem} in {folder} is unfinished: start that `data.py tokenize` again")
         try:
