@@ -47,7 +47,12 @@ DOMAINS = ("prose", "code", "knowledge", "maths")
 
 
 class Corpus:
-    """Documents by domain, and conversations: {"kind", "messages": [{"role", "content"}, ...], "answer"}."""
+    """Documents by domain, and conversations: {"kind", "messages": [{"role", "content"}, ...], "answer"}.
+
+    Text to train on and text held out never meet again: the same hash decides in every stage. "answer" is
+    what a quiz compares; "kind" tells summary, signature, module, arithmetic or, of the reader's own data,
+    chat.
+    """
     def __init__(self, source: str):
         self.source = source                                            # what was read, in words
         self.train: dict[str, list[str]] = {domain: [] for domain in DOMAINS}
@@ -89,6 +94,9 @@ class LeakCheck:
 
 # ----------------------------------------------------------------------------------------------------------
 # Prose: docstrings of the standard library, NumPy and PyTorch. Code: the library without its docstrings
+#
+# Source is parsed (ast), never run: importing a thousand modules would start their side effects. What is
+# written in C has no source to parse, but NumPy and PyTorch add its docstrings by calls that can be read.
 
 # ("numpy.linalg.norm", where it is: "numpy.linalg", "(x, ord=None)" or "", "Matrix or vector norm. ...")
 Documented = namedtuple("Documented", "name module signature text")
@@ -294,7 +302,9 @@ def questions(documented: list[Documented], problems: list[Problem], rng: random
         yield problem.sum, "arithmetic", problem.question, reply, problem.answer
 
 
-EXAMPLES_PER_KIND = 2_000           # conversations for training, at most
+# At most so many conversations of a kind are trained on. Of names there are far more, and would crowd out
+# sums.
+EXAMPLES_PER_KIND = 2_000
 
 
 def embedded_corpus() -> Corpus:
@@ -378,6 +388,7 @@ def find_files(inputs: list[str | Path]) -> tuple[list[Path], Counter]:
 
 
 def counted(counts: dict[str, int]) -> str:
+    """{"prose": 12, "code": 0} -> "12 prose": what a line of the log says was read or left out."""
     return ", ".join(f"{number:,} {what}" for what, number in counts.items() if number) or "none"
 
 
@@ -389,7 +400,10 @@ def domain_of(path: Path) -> str:
 
 
 def read_records(file) -> Iterator[bytes | dict]:
-    """The lines of a .jsonl(.gz), the rows of a .parquet, or the pages of a .txt like such rows."""
+    """The lines of a .jsonl(.gz), the rows of a .parquet, or the pages of a .txt like such rows.
+
+    All of them are read bit by bit: a file may be larger than memory.
+    """
     name = file.name.lower()
     if name.endswith(".txt"):
         blocks = iter(lambda: b"".join(itertools.islice(file, 1000)).decode("utf-8-sig"), "")     # of lines
@@ -442,6 +456,7 @@ def read_documents(file, domain: str = "") -> Iterator[tuple[str, bool]]:
 def hold_out(texts: Iterable[str], share: float, kept: dict[str, str]) -> Iterator[str]:
     """Yield the texts to train on; put a share of them, and at least the first, into `kept` {hash: text}.
 
+    Works on a stream, so that shards and small folders share one rule.
     The hash decides, so a copy is held out, too. Of more than HELDOUT characters those of the smallest hashes
     stay: a sample of all the text, without knowing how long it is.
     """
@@ -618,7 +633,10 @@ def encode_example(encoding: tiktoken.Encoding, messages: list[dict]) -> tuple[l
 
 
 def tokenize_chats(chats: Iterable[str], encoding: tiktoken.Encoding) -> np.ndarray:
-    """Messages as JSON -> one stream [tokens] uint32. Bit 31 of a token is its loss mask."""
+    """Messages as JSON -> one stream [tokens] uint32. Bit 31 of a token is its loss mask.
+
+    A mask in a file of its own could fall out of step with the tokens; a bit of each token cannot.
+    """
     pairs = [encode_example(encoding, json.loads(chat)) for chat in chats]
     return np.array([i | m << 31 for ids, mask in pairs for i, m in zip(ids, mask)], np.uint32)
 
@@ -729,6 +747,7 @@ RANKS = "mobilemoe.tiktoken"
 
 
 def is_sharded(folder: str | Path) -> bool:
+    """Did `tokenize` make this folder? Its tokenizer is written first, so even an unfinished one has it."""
     return Path(folder, RANKS).is_file()
 
 

@@ -164,7 +164,10 @@ def optimizers(model: MobileMoE, stages: dict[str, Stage]) -> list[torch.optim.O
 
 
 def lr_factor(stage: Stage, step: int, steps: int) -> float:
-    """Fraction of the peak at a step: 2 % linear warm-up, then cosine or linear down to stage.final_lr."""
+    """Fraction of the peak at a step: 2 % linear warm-up, then cosine or linear down to stage.final_lr.
+
+    The warm-up is short because AdamW's and Muon's averages need only some tens of steps to mean something.
+    """
     warmup = max(1, steps // 50)
     if step < warmup:
         return (step + 1) / warmup
@@ -407,7 +410,11 @@ def sample(model: MobileMoE, prepared: dict, chat: bool) -> str:
 
 
 def export_and_report(run: Path, minutes: float):
-    """Write mobilemoe.gguf, ask llama.cpp what it says, sum the run up in report.md and report.png."""
+    """Write mobilemoe.gguf, ask llama.cpp what it says, sum the run up in report.md and report.png.
+
+    Every stage has left its row in the last checkpoint's history; here they become one table. What llama.cpp
+    answers comes from the file that a phone would get, not from PyTorch.
+    """
     gguf = run / "mobilemoe.gguf"
     exported = export_checkpoint(run / "qat.pt", gguf)
     checkpoint = load_checkpoint(run / "qat.pt")
@@ -534,7 +541,7 @@ def join_ranks(device: str) -> torch.device:
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
-    """In place, the same on every rank."""
+    """In place, the same on every rank. As all must arrive before any goes on, it also serves to wait."""
     if WORLD > 1:
         dist.all_reduce(x)
     return x
