@@ -166,7 +166,7 @@ def optimizers(model: MobileMoE, stages: dict[str, Stage]) -> list[torch.optim.O
 def lr_factor(stage: Stage, step: int, steps: int) -> float:
     """Fraction of the peak at a step: 2 % linear warm-up, then cosine or linear down to stage.final_lr.
 
-    The warm-up is short because AdamW's and Muon's averages need only some tens of steps to mean something.
+    The warm-up lets the optimizers' averages fill before a step is large.
     """
     warmup = max(1, steps // 50)
     if step < warmup:
