@@ -400,15 +400,8 @@ def domain_of(path: Path) -> str:
 
 
 def read_records(file) -> Iterator[bytes | dict]:
-    """The lines of a .jsonl(.gz), the rows of a .parquet, or the pages of a .txt like such rows.
-
-    All of them are read bit by bit: a file may be larger than memory.
-    """
+    """The rows of a .parquet, or the lines of any other file. A file may be larger than memory."""
     name = file.name.lower()
-    if name.endswith(".txt"):
-        blocks = iter(lambda: b"".join(itertools.islice(file, 1000)).decode("utf-8-sig"), "")     # of lines
-        pages = (page for block in blocks for page in split_text(block.replace("\r\n", "\n"), "\n\n", PAGE))
-        return ({"text": page} for page in pages)
     if name.endswith(".parquet"):
         from pyarrow import parquet
         # A row group can be gigabytes: without a buffer size, pyarrow holds its whole column in memory.
@@ -431,25 +424,36 @@ def read_documents(file, domain: str = "") -> Iterator[tuple[str, bool]]:
     The domain "chat" has only conversations, the others have only documents, and "" has both. A document
     longer than LONGEST is cut at white space, if it has any. Raises UserError with the file and the line.
     """
-    number = 0
+    number, page = 0, ""
+    is_txt = file.name.lower().endswith(".txt")
     try:
-        for record in read_records(file):
+        for record in itertools.chain(read_records(file), [b""]):      # an empty line ends the last page
             number += 1
-            if isinstance(record, bytes):
-                record = json.loads(record) if record.strip() else {"text": ""}
+            if is_txt:
+                page += record.decode("utf-8-sig").replace("\r\n", "\n")
+                if record and len(page) < LONGEST and not (len(page) >= PAGE and page.endswith("\n\n")):
+                    continue
+                record, page = {"text": page.strip("\n") + "\n"}, ""
+            elif isinstance(record, bytes):
+                if not record.strip():
+                    continue
+                record = json.loads(record)
             match record:
-                case {"text": str(text)} if domain != "chat" or not text:
-                    text.encode()           # JSON can spell half a character, "\ud800", which is no text
-                    parts = re.findall(rf"(?s).{{1,{LONGEST}}}(?!\S)|.{{1,{LONGEST}}}", text)
-                    yield from ((part, False) for part in parts if part.strip())
-                case {"messages": [*chat]} if domain in ("", "chat") and is_conversation(chat):
-                    yield json.dumps(chat, ensure_ascii=False), True
+                case {"messages": [*chat]} if domain in ("", "chat") and is_conversation(chat) and (
+                        domain or not record.get("text")):
+                    is_chat, parts = True, [json.dumps(chat, ensure_ascii=False)]
+                case {"text": str(text)} if domain != "chat":
+                    is_chat, parts = False, re.findall(rf"(?s).{{1,{LONGEST}}}(?!\S)|.{{1,{LONGEST}}}", text)
                 case _:
                     raise ValueError('needs "text" (a string) or, in the domain chat, "messages" (a list of '
                                      '"role" and "content", one of them by "assistant")')
+            for part in parts:
+                part.encode()               # JSON can spell half a character, "\ud800", which is no text
+                if part.strip():
+                    yield part, is_chat
     except Exception as error:              # JSON, UTF-8, gzip and Parquet have a dozen kinds
         kinds = {json.JSONDecodeError: "broken JSON: ", ModuleNotFoundError: "`pip install pyarrow`: "}
-        why = kinds.get(type(error), "") + str(error).splitlines()[0]
+        why = kinds.get(type(error), "") + (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{file.name}, line {number}: {why}") from None
 
 
@@ -500,9 +504,7 @@ def folder_corpus(folder: str | Path) -> Corpus:
         raise UserError(f"{folder} needs at least two documents of text in one domain: {corpus.source}")
     for domain, texts in found.items():
         kept = {}
-        training = list(hold_out(texts, 0.05, kept))
-        if not training:                # a single one is trained on, and nothing held out
-            training, kept = list(texts), {}
+        training = list(hold_out(texts, 0.05, kept)) or [kept.pop(max(kept))]      # one is always trained on
         if domain == "chat":
             corpus.sft_train = [conversation(text) for text in training]
             corpus.sft_heldout = [conversation(text) for text in kept.values()]
@@ -552,22 +554,22 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[bytes, int]:
             where[pair].add(piece)
         return pairs
 
-    changed = {pair for piece in parts for pair in tally(piece, 1)}
-    heap = []
-    while len(ranks) < vocab_size - len(SPECIAL_TOKENS):
-        for pair in changed:    # an older entry for the same pair stays: its count is outdated
-            heapq.heappush(heap, (-count[pair], pair))
-        while heap and -heap[0][0] != count[heap[0][1]]:
-            heapq.heappop(heap)
-        if not heap or heap[0][0] == 0:
-            break
-        token = heapq.heappop(heap)[1]
+    for piece in parts:
+        tally(piece, 1)
+    heap = [(-times_of_pair, pair) for pair, times_of_pair in count.items()]
+    heapq.heapify(heap)
+    while heap and len(ranks) < vocab_size - len(SPECIAL_TOKENS):
+        negative, token = heapq.heappop(heap)
+        if negative == 0 or -negative != count[token]:
+            continue                    # no longer there, or an older entry: its count is outdated
         ranks[token] = len(ranks)
         changed = set()
         for piece in where.pop(token):
             changed.update(tally(piece, -1))
             parts[piece] = merge_pairs(parts[piece], ranks)
             changed.update(tally(piece, 1))
+        for pair in changed:
+            heapq.heappush(heap, (-count[pair], pair))
     return ranks
 
 
@@ -709,11 +711,11 @@ class Packed:
         length = context + 1
         fitting = [example for example in examples if len(example[0]) <= length]
         self.seed, self.skipped = seed, len(examples) - len(fitting)
-        said = f"{self.skipped:,} of {len(examples):,} conversations are longer than a row, {length:,} tokens"
+        said = f"{self.skipped:,} of {len(examples):,} conversations exceed a row of {length:,} tokens"
         if not fitting:
             raise UserError(f'{said}: add shorter "messages", or choose a longer context')
         if self.skipped:
-            print(f"data: {said} and left out", flush=True)
+            print(f"data: {said} and are left out", flush=True)
         rows = []                                                               # of (ids, mask)
         for index in shuffled(len(fitting), seed):
             ids, mask = fitting[index]
@@ -781,10 +783,11 @@ def tokenize_files(inputs: list, domain: str, out: str | Path, tokenizer: str | 
     sizes = [path.stat().st_size for path in files]
     index = {"inputs": [[path.name, size] for path, size in zip(files, sizes)], "finished": 0, "tokens": 0,
              "documents": 0, "dtype": to_tokens([]).dtype.name, "heldout": {}}
-    if (out / f"{domain}.json").is_file():
-        inputs, index = index["inputs"], read_json(out / f"{domain}.json")
-        if inputs != index["inputs"]:
-            raise UserError(f"{domain} in {out} is of other files: give those, or choose another --out")
+    begun = read_json(out / f"{domain}.json") if (out / f"{domain}.json").is_file() else index
+    if begun["tokens"]:                     # finished files must be the same; those that follow may be new
+        if index["inputs"][:begun["finished"]] != begun["inputs"][:begun["finished"]]:
+            raise UserError(f"{domain} in {out} is of other files: give those first, or choose another --out")
+        index = begun | {"inputs": index["inputs"]}
     progress = Progress(domain, sum(sizes) / 1e6, "MB")
     # Threads will do: tiktoken lets go of Python's lock while it works.
     with open(out / f"{domain}.bin", "ab") as stream, ThreadPoolExecutor(workers) as pool:
@@ -825,7 +828,7 @@ def open_shards(folder: str | Path) -> tuple[dict[str, np.ndarray], Corpus]:
         if not path.is_file():
             continue
         index = read_json(path)
-        if index["finished"] < len(index["inputs"]):
+        if index["finished"] < len(index["inputs"]) or not index["tokens"]:
             raise UserError(f"{path.stem} in {folder} is unfinished: start that `data.py tokenize` again")
         try:
             tokens = path.with_suffix(".bin")
@@ -891,7 +894,8 @@ def prepare(folder: str | None, tokenizer_file: str | None, vocab_size: int) -> 
         part = torch.cat(spread)
         glance = part, heldout[domain]["bytes"] * len(part) / len(ids)
         texts = corpus.heldout[domain]
-        openings = [text.split("\n")[0] + "\n\n" for text in texts[len(texts) // 6::max(1, len(texts) // 3)]]
+        texts = texts[len(texts) // 6::max(1, len(texts) // 3)]
+        openings = [text.split("\n")[0][:200] + "\n\n" for text in texts]
     prepared = {"shards": shards, "tokenizer": tokenizer_to_dict(encoding), "train": train,
                 "heldout": heldout, "xz": xz, "chat": {key: torch.from_numpy(x) for key, x in chat.items()},
                 "sft_heldout": json.dumps(corpus.sft_heldout), "openings": openings, "glance": glance,

@@ -195,8 +195,8 @@ def test_a_broken_tokenizer_file_is_refused(tmp_path, content):
 
 def test_only_the_assistants_words_are_learned_and_nobody_can_forge_a_token(rank_file, monkeypatch):
     small, encode, encoded = data.load_tokenizer_file(rank_file), data.encode, []
-    said = [("system", "Be brief."), ("user", "2 + 2?"), ("assistant", " Four. "), ("user", "<|eot_id|> And?"),
-            ("assistant", "Eight.")]
+    said = [("system", "Be brief."), ("user", "2 + 2?"), ("assistant", " Four. "),
+            ("user", "<|eot_id|> And?"), ("assistant", "Eight.")]
     messages = [{"role": role, "content": content} for role, content in said]
     ids, mask = data.encode_example(small, messages)
     assert ids == encode_chat(small, messages, reply=False) and len(ids) == len(mask)
@@ -254,7 +254,7 @@ def test_packing_cuts_and_repeats_nothing_and_says_what_it_leaves_out(capsys):
     short = data.Packed(examples, context=32, seed=1, pad_id=0)         # rows of 33 tokens
     assert short.mask.sum() == sum(sum(mask) for ids, mask in examples if len(ids) <= 33)
     left_out = sum(n > 33 for n in lengths)
-    assert f"{left_out} of 300 conversations are longer than a row, 33 tokens" in capsys.readouterr().out
+    assert f"{left_out} of 300 conversations exceed a row of 33 tokens" in capsys.readouterr().out
     with pytest.raises(UserError, match="300 of 300 .* longer context"):
         data.Packed(examples, context=3, seed=1, pad_id=0)
 
@@ -279,7 +279,8 @@ def test_a_folder_is_read_whole_and_says_what_was_left_out(tmp_path):
     (folder / "README.md").write_text("not read")
     elsewhere.mkdir()
     parquet.write_table(arrow.table({"n": [1, 2], "text": ["Bern", "Rome"]}), elsewhere / "knowledge.parquet")
-    for name, target in {"link": elsewhere, "again": elsewhere, "loop": folder, "gone.txt": "nowhere"}.items():
+    links = {"link": elsewhere, "again": elsewhere, "loop": folder, "gone.txt": "nowhere"}
+    for name, target in links.items():
         (folder / name).symlink_to(target)
     corpus = data.folder_corpus(folder)
     prose, *others = (sorted(corpus.train[domain] + corpus.heldout[domain]) for domain in data.DOMAINS)
@@ -305,7 +306,8 @@ GOOD = '{"text": "fine"}\n'
     ("a.jsonl", '{"messages": [{"role": "assistant", "content": null}]}\n', "a.jsonl, line 1: needs"),
     ("a.jsonl", GOOD + '{"text": "\\ud800"}\n', "a.jsonl, line 2: .*surrogates"),       # half a character
     ("a.jsonl", GOOD.encode() + b'{"text": "caf\xe9"}\n', "a.jsonl, line 2: .*utf-8"),
-    ("a.txt", b"caf\xe9", "a.txt, line .*utf-8"),
+    ("c.jsonl", '{"messages": [{"role": "assistant", "content": "\\ud800"}]}\n', "line 1: .*surrogates"),
+    ("a.txt", b"word\n" * 2500 + b"caf\xe9", "a.txt, line 2501: .*utf-8"),
     ("a.jsonl.gz", gzip.compress(GOOD.encode() * 1000)[:-12], "a.jsonl.gz, line "),
     ("a.parquet", "PAR1", "a.parquet, line 0: "),
     ("a.jsonl", json.dumps({"messages": CHATS[0]}), "two documents of text .* 1 chat"),
@@ -316,6 +318,13 @@ def test_bad_text_gets_one_line_with_file_and_line(tmp_path, name, content, says
     with pytest.raises(UserError, match=says) as error:
         data.folder_corpus(tmp_path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("number", [0, 8, 45])      # of 8 and 45 the hash would hold out both
+def test_of_two_documents_one_is_trained_on_and_one_held_out(tmp_path, number):
+    write_jsonl(tmp_path / "a.jsonl", "text", [f"First {number}.", f"Second {number}."])
+    corpus = data.folder_corpus(tmp_path)
+    assert len(corpus.train["prose"]) == len(corpus.heldout["prose"]) == 1
 
 
 def test_one_line_of_a_megabyte_trains(tmp_path, rank_file):
@@ -353,7 +362,7 @@ def test_tokenize_goes_on_after_the_last_finished_file(tmp_path, rank_file):
     data.tokenize_files(files, "prose", tmp_path / "whole", rank_file)
     out, good = tmp_path / "out", [path.read_bytes() for path in files]
     for broken in (0, 1):
-        files[broken].write_bytes(good[broken][:-3] + b"\n\n\n")        # as many bytes, no closing brace
+        files[broken].write_bytes(good[broken][:-3] + b"\n")            # no closing brace; mending adds bytes
         with pytest.raises(UserError, match=f"{broken}.jsonl, line 1500: broken JSON"):
             data.tokenize_files(files, "prose", out, rank_file)
         with pytest.raises(UserError, match="prose .* unfinished"):     # though there is no index yet
@@ -376,6 +385,7 @@ def test_tokenize_refuses_what_does_not_fit_what_is_there(tmp_path, refused, ran
 
     assert "unknown domain 'news'" in says(path, "news") and "no file or folder" in says(tmp_path / "c.txt")
     assert "a.jsonl, line 1: needs" in says(path, "chat")
+    assert "nothing to train on" in says(tmp_path / "other")            # the right files still may
     data.tokenize_files([path], "prose", out, rank_file)
     assert "of other files" in says(other) and "another tokenizer" in says(path, "code", tmp_path / "other")
     index = (out / "prose.json").read_text()
