@@ -18,6 +18,7 @@ import pytest
 import regex
 import torch
 
+import corpus as corpus_of
 import data
 from common import UserError, encode_chat
 
@@ -80,7 +81,7 @@ def test_no_held_out_docstring_stands_in_any_training_text(corpus):
 
     assert found(corpus.train["prose"][:50]) == 50                      # the search finds what is there
     assert len(corpus.heldout["prose"]) > 300 and found(corpus.heldout["prose"]) == 0
-    leaks = data.LeakCheck(["Return the sum of all the elements\nof the given array."])
+    leaks = corpus_of.LeakCheck(["Return the sum of all the elements\nof the given array."])
     assert leaks('x = """\n    Return the sum of all the\n    elements of the given array.\n    """')
     assert not leaks("Return the sum of all the elements of the given arrays.")
 
@@ -112,7 +113,7 @@ def test_source_without_docstrings_is_the_same_program_with_its_comments(name):
 
     source = Path(os.__file__).with_name(f"{name}.py").read_text(encoding="utf-8")
     source += '\ndef f(): "é doc"\nclass A:\n    """doc\n    more"""\n    x = "kept"; "gone"\n'
-    stripped = data.without_docstrings(source, ast.parse(source))
+    stripped = corpus_of.without_docstrings(source, ast.parse(source))
     assert program(stripped) == program(source) and "# " in stripped
     assert stripped.endswith('def f(): pass\nclass A:\n    x = "kept"; pass\n')
 
@@ -422,8 +423,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"""
 
 
 def test_prepare_gives_the_same_from_text_and_from_shards(tmp_path, rank_file):
-    texts = [text for text in TEXTS[:500] if not data.held_out(text)]   # 5 % of text, 0.1 % of shards are
-    chats = [chat for chat in CHATS if not data.held_out(json.dumps(chat))]
+    texts = [text for text in TEXTS[:500] if not corpus_of.held_out(text)]   # 5 and 0.1 %
+    chats = [chat for chat in CHATS if not corpus_of.held_out(json.dumps(chat))]
     for domain, key, values in (("prose", "text", texts), ("chat", "messages", chats)):
         path = write_jsonl(tmp_path / "text" / f"{domain}.jsonl", key, values)
         data.tokenize_files([path], domain, tmp_path / "shards", rank_file)
