@@ -336,8 +336,8 @@ def report(result: dict) -> str:
             ["model", "prompt", "load s", "first token s", "prefill tok/s", "of ceiling", "GFLOP/token",
              "decode tok/s", "of ceiling", "MB/token"],
             [[row["model"], row["tokens"], f"{row['load']:.2f}", f"{row['first token']:.2f}",
-              *rate(row, "prefill"), f"{row['prompt_flops'] / 1e9:.2f}",
-              *rate(row, "decode"), f"{row['decode_bytes'] / 1e6:.0f}"] for row in rows])]
+              *rate(row, "prefill"), f"{row['prompt_flops'] / 1e9:.3g}",
+              *rate(row, "decode"), f"{row['decode_bytes'] / 1e6:.3g}"] for row in rows])]
     if result["options"]["versus"]:
         keys = ["prefill", "decode", "first token", "peak"]
         duel = [[one["tokens"], *(f"{one[key] / two[key]:.2f}x" for key in keys)]
