@@ -193,7 +193,10 @@ def folder_corpus(folder: str | Path) -> Corpus:
         raise UserError(f"{folder} needs at least two documents of text in one domain: {corpus.source}")
     for domain, texts in found.items():
         kept = {}
-        training = list(hold_out(texts, 0.05, kept)) or [kept.pop(max(kept))]      # one is always trained on
+        if not list(hold_out(texts, 0.05, kept)):
+            kept.pop(max(kept))         # one is always trained on
+        unseen = set(kept.values())     # what exceeds HELDOUT characters is trained on
+        training = [text for text in texts if text not in unseen]
         if domain == "chat":
             corpus.sft_train = [conversation(text) for text in training]
             corpus.sft_heldout = [conversation(text) for text in kept.values()]

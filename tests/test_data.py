@@ -398,6 +398,14 @@ def test_tokenize_refuses_what_does_not_fit_what_is_there(tmp_path, refused, ran
         assert "prose.json" in says(path)                               # and no zeros where tokens were
 
 
+def test_no_text_is_lost_where_more_is_held_out_than_is_measured(tmp_path):
+    texts = [f"Document {n}. " + "word " * 400 for n in range(2000)]       # 4 MB, of which 5 % are 200 kB
+    write_jsonl(tmp_path / "prose.jsonl", "text", texts)
+    corpus = data.folder_corpus(tmp_path)
+    train, heldout = corpus.train["prose"], corpus.heldout["prose"]
+    assert sum(map(len, heldout)) <= data.HELDOUT and sorted(train + heldout) == sorted(texts)
+
+
 def test_the_default_tokenizer_is_learned_once_and_kept(tmp_path, monkeypatch, call):
     corpus, calls = data.Corpus("test"), []
     corpus.train["prose"] = TEXTS[:50]
