@@ -62,8 +62,6 @@ class Stage:
     int4: bool = False              # fake-quantised forward (QAT)
 
 
-STAGES = ("pretrain", "midtrain", "sft", "qat")
-
 # The paper's domains: web is prose here, knowledge includes science.
 BROAD = dict(prose=62, maths=11.6, code=10, knowledge=16.4)
 FOCUS = dict(prose=9, maths=21, code=22, knowledge=48)
@@ -87,6 +85,7 @@ TINY = {
     "midtrain": Stage(0.95e6,    512,  4096,  0.006, "linear",   0.0,     1.5,  1e-2, DOCS_FOCUS),
     "sft":      Stage(0.35e6,    512,  2048, 0.0035, "cosine",   0.0,    None,     0, CHAT),
     "qat":      Stage(0.15e6,    512,  4096,  0.002, "cosine",   0.0,    None,     0, REPLAY, True)}
+STAGES = tuple(TINY)        # in this order: each starts from the checkpoint of the one before
 TEST = {name: dataclasses.replace(stage, tokens=8 * 256, context=64 if name == "pretrain" else 128, batch=256)
         for name, stage in TINY.items()}
 
