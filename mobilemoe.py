@@ -5,12 +5,15 @@ after "MobileMoE: Scaling On-Device Mixture of Experts" (arXiv 2605.27358). A ph
 memory but reads only the *active* part of it for each token. Decoding speed is bytes read per token, so a
 mixture answers with the quality of a larger model at the speed of a small one.
 
+An expert is a small feed-forward network. Each layer has E of them; a router picks A for each token, and the
+layer adds up their outputs, weighted, beside that of one shared expert that every token uses.
+
 Top to bottom: the config and what it costs, norm and rotation, attention, router, the expert layer as a loop
 (its definition) and for all experts at once, block, model, generation.
 
 What it is not: it knows nothing of quantisation (quantize.py attaches that from outside), of text (data.py)
-or of training (train.py). kernels.py has four functions of PyTorch, written again to be faster: read "equals"
-in their docstrings and go on. Run this file to talk to a checkpoint:
+or of training (train.py). kernels.py has three functions of PyTorch, written again to be faster, and
+through_experts, which computes what loop_over_experts below defines. Run this file to talk to a checkpoint:
 
     python mobilemoe.py runs/tiny/sft.pt "What does textwrap.dedent do?"
 
@@ -41,9 +44,9 @@ class Config:
     """One architecture, in the paper's terms (section 3).
 
     The expert axes start from a dense feed-forward of width `d_ff`:
-      n_experts (E)     expansion: as many experts as would hold E times the dense weights ...
-      granularity (g)   ... each cut into g thin ones: E*g experts of width d_ff/g, of which g are active. A
-                        token picks a *combination* of thin experts, and there are far more combinations.
+      n_experts         expansion, the paper's E: together the experts hold that many times the dense weights
+      granularity       the paper's g: each is cut into g thin ones of width d_ff/g, and g are active. A token
+                        picks a *combination* of thin experts, and there are far more combinations.
       shared_expert     half of the g active ones become one expert that every token uses. It learns what all
                         tokens need, so the routed ones need not each learn it again.
     Neither g nor the shared expert changes the active or the total size. E = g = 1 without a shared expert is
@@ -261,10 +264,11 @@ class Router(nn.Module):
 
 
 def loop_over_experts(self: "Experts", x: Tensor, weights: Tensor, experts: Tensor, capacity: int) -> Tensor:
-    """The definition of the expert layer. x [N, D], weights [N, A], experts [N, A] -> [N, D].
+    """The definition of the expert layer. x [N, D], weights [N, A], experts [N, A] -> [N, D]. The model does
+    not call it: tests and lab/bench.py compare Experts.forward with it.
 
-    Each expert takes the first `capacity` tokens that want it and drops the rest. The residual carries those
-    on.
+    Each expert takes the first `capacity` tokens of the batch that want it and drops the rest. Those lose
+    this expert only: their other experts, with the same weights, and the residual stay.
     """
     y = torch.zeros_like(x)                                                # [N, D]
     for e, (gate_up, down) in enumerate(zip(self.gate_up_proj.unbind(), self.down_proj.unbind())):
@@ -284,10 +288,11 @@ class SwiGLU(nn.Module):
 
 
 class Experts(nn.Module):
-    """All routed experts of a layer as two stacks of matrices: `loop_over_experts` for many experts at once.
+    """All routed experts of a layer as two stacks of matrices. Computes what loop_over_experts defines.
 
     The paper's two modes are one argument: drop-and-pad (pre- and mid-training) limits the capacity, so that
-    one overloaded expert cannot hold up the rest; dropless (SFT, QAT, inference) has a capacity of N.
+    one overloaded expert cannot hold up the rest; dropless (SFT, QAT, inference) has a capacity of N, which
+    is enough, as a token picks an expert at most once.
     """
     def __init__(self, config: Config):
         super().__init__()
@@ -297,9 +302,11 @@ class Experts(nn.Module):
         self.swiglu = SwiGLU()
 
     def forward(self, x: Tensor, weights: Tensor, experts: Tensor, capacity: int) -> Tensor:
-        def formula(matmul, rows, weight, gate_up, down):   # rows lie expert by expert
+        # through_experts sorts tokens by expert into rows [..., D], calls this with a matmul that gives each
+        # row its expert's matrix, and adds the results up for each token again. weight is [..., 1].
+        def formula(matmul, rows, weight, gate_up, down):
             gate, up = matmul(rows, gate_up).chunk(2, dim=-1)              # [..., F] each
-            # The weights go in before the down projection, where rows are narrow: it is linear.
+            # The routing weight multiplies F numbers, not the D of the output: the projection is linear.
             return matmul(self.swiglu(gate, up) * weight, down)            # [..., D]
         return through_experts(formula, x, weights, experts, capacity, self.gate_up_proj, self.down_proj)
 
@@ -332,7 +339,7 @@ class MoE(nn.Module):
         flat = x.flatten(0, 1)                                             # [N, D]
         weights, experts, load, loss = self.router(flat, self.expert_bias)
         (N, A), E = experts.shape, len(load)
-        # The factor is against a perfectly even load, N A / E tokens for each expert.
+        # Factor 1 allows exactly the even load, N A / E tokens for each expert.
         capacity = N if capacity_factor is None else math.ceil(min(capacity_factor * A / E, 1) * N)
         flat = flat.to(dtype)
         y = self.experts(flat, weights, experts, capacity)                 # [N, D]
@@ -364,7 +371,7 @@ class Block(nn.Module):
 
 
 class MobileMoE(nn.Module):
-    """model(tokens [B, T]) -> logits [B, T, V]; model(tokens, targets) -> (mean loss in nats, Routing)."""
+    """model(tokens [B, T]) -> logits [B, T, V]; model(tokens, targets) -> (loss in nats, Routing or None)."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -476,7 +483,7 @@ def config_from_dict(values: dict) -> Config:
             raise UserError(f"impossible config: {message}")
     fields = {field.name: field for field in dataclasses.fields(Config)}
     may_be_zero = ("top_k", "z_loss", "balance_loss", "shared_expert", "rope_scaling", "zero_init_outputs")
-    require(isinstance(values, dict), "it is no JSON object of fields")
+    require(isinstance(values, dict), "it is not a JSON object of fields")
     for name in values:
         require(name in fields, f"unknown field {name!r}; known are {', '.join(sorted(fields))}")
     for name, field in fields.items():
@@ -507,7 +514,7 @@ def model_from_checkpoint(checkpoint: dict) -> MobileMoE:
 def main():
     parser = Parser(description="Talk to a checkpoint.")
     parser.add_argument("checkpoint", help="a .pt file that train.py wrote")
-    parser.add_argument("prompt", help="a question after sft and qat, a beginning to continue before")
+    parser.add_argument("prompt", help="a question (sft, qat) or text to continue (earlier stages)")
     parser.add_argument("--tokens", type=number(int, 0), default=128, help="at most so many (%(default)s)")
     parser.add_argument("--temperature", type=number(float, 0), default=0.7, help="0 is greedy (%(default)s)")
     parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0)

@@ -111,7 +111,7 @@ def test_bad_data_gets_one_line_before_anything_is_trained(what, tmp_path, refus
 
 @pytest.mark.parametrize("arguments, says", [
     (["posttrain"], "posttrain"), (["--preset", "XXL"], "XXL"), (["--config", "none.json"], "none.json"),
-    (["--config", "broken.json"], "broken.json"), (["--config", "number.json"], "no JSON object"),
+    (["--config", "broken.json"], "broken.json"), (["--config", "number.json"], "not a JSON object"),
     (["--config", "unknown.json"], "n_expert"), (["--config", "impossible.json"], "d_model = 63"),
     (["--tokens", "1000"], "--tokens"), (["pretrain", "--tokens", "nan"], "--tokens"),
     (["--tokenizer", "missing.model"], "missing.model"), (["--preset", "S"], "--tokenizer"),
