@@ -291,7 +291,7 @@ def in_fresh_process(function: str, order: dict) -> tuple[dict, str]:
     if child.returncode:
         lines = [line.strip() for line in log.splitlines() if line.strip()] or ["no word from it"]
         said = [line for line in lines if " E " in line] or lines       # llama.cpp marks its errors so
-        raise UserError(f"llama.cpp failed with {order.get('path', name)}: {said[-1][-200:]}")
+        raise UserError(f"{name} failed with {order.get('path', 'its order')}: {said[-1][-200:]}")
     return json.loads(child.stdout), log
 
 

@@ -21,8 +21,8 @@ import dataclasses
 import json
 import math
 import os
-import tempfile
 import re
+import tempfile
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -208,20 +208,18 @@ def all_runs(top: int) -> list[Run]:
 
 def train_one(order: dict) -> float:
     """One run, in a process of its own: train, append a line to runs.jsonl -> held-out nats per token."""
-    run = Run(*order["run"])
-    folder = Path(order["folder"])
+    run, folder = Run(*order["run"]), Path(order["folder"])
     stage = dataclasses.replace(STAGE, tokens=run.tokens)
     torch.manual_seed(run.seed)
     prepared = prepare_data(folder, None, None, VOCABULARY)
     model = MobileMoE(run.config())
     begun = {"stage": str(run), "micro_rows": stage.batch // stage.context}
-    with tempfile.TemporaryDirectory() as scratch:      # for a log that nobody reads
-        batches = Batches(prepared, stage, run.seed)
-        summary = train_stage(model, stage, batches, prepared, Path(scratch), begun)
+    with tempfile.TemporaryDirectory() as log:          # that nobody reads
+        summary = train_stage(model, stage, Batches(prepared, stage, run.seed), prepared, Path(log), begun)
     held = next(iter(prepared["heldout"].values()))
     bits = bits_per_byte(model, held["ids"], held["bytes"], stage.context)
     nats = bits * math.log(2) * held["bytes"] / (len(held["ids"]) - 1)     # per token
-    record = {**run._asdict(), "nats": nats, "seconds": summary["seconds"]}
+    record = {**run._asdict(), "nats": nats, "tokens/s": summary["tokens/s"]}
     with open(folder / "runs.jsonl", "a") as file:      # one short write: two workers do not mix their lines
         file.write(json.dumps(record) + "\n")
     return nats
@@ -234,7 +232,7 @@ def read_runs(path: Path) -> dict[Run, dict]:
         try:
             record = json.loads(line)
             run = Run(*(record[name] for name in Run._fields))
-            records[run] = {name: float(record[name]) for name in ("nats", "seconds")}
+            records[run] = {name: float(record[name]) for name in ("nats", "tokens/s")}
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{path}, line {n} is not a run: delete it, and `sweep` trains it anew") from None
     return records
@@ -337,7 +335,10 @@ def findings(nats: dict[Run, list[float]], noise: float, top: int) -> str:
 
 
 def fit(path: Path) -> None:
-    """Print all that a finished sweep says; draw law.png beside it. Raises UserError for a missing run."""
+    """Print all that a finished sweep says; draw law.png beside it. Raises UserError for a missing run.
+
+    A file may hold sweeps of several lengths: the longest counts.
+    """
     records = read_runs(path)
     top = max((run.tokens for run in records), default=TOKENS)
     nats = defaultdict(list)            # of all seeds of each run
@@ -349,7 +350,7 @@ def fit(path: Path) -> None:
     for run, losses in nats.items():
         config = run.config()
         rows.append([*run[:5], f"{config.active_params() / 1e6:.2f}M", f"{config.int4_bytes() / 1e6:.1f}",
-                     f"{run.tokens / records[run]['seconds']:,.0f}", len(losses), f"{np.mean(losses):.3f}"])
+                     f"{records[run]['tokens/s']:,.0f}", len(losses), f"{np.mean(losses):.3f}"])
     print(markdown_table([*Run._fields[:5], "active", "INT4 MB", "tokens/s", "seeds", "nats/token"], rows))
     # Three seeds say little about the noise of one shape; four shapes together say something about all.
     noise = math.sqrt(np.mean([np.var(losses, ddof=1) for losses in nats.values() if len(losses) > 1]))
@@ -374,7 +375,7 @@ def draw(nats: dict[Run, list[float]], noise: float, top: int, path: Path) -> No
     lines = defaultdict(list)           # (axes, label) -> [(x, loss)]
     for run, losses in sorted(nats.items(), key=lambda item: item[0].g):
         if run.over_E:
-            lines[left, f"{run.size}, {run.tokens / 1e6:.2f}M tokens"].append((run.E, np.mean(losses)))
+            lines[left, f"{run.size}, {run.tokens:,} tokens"].append((run.E, np.mean(losses)))
         if run.E == 8 and run.tokens == top:
             lines[right, "with a shared expert" if run.shared else "without"].append((run.g, np.mean(losses)))
     for (axes, label), points in lines.items():

@@ -130,7 +130,7 @@ def test_a_finished_sweep_is_fitted_and_drawn_and_a_gap_in_it_is_named(call, ref
     lines = []
     for run in scaling_law.all_runs(4096 * 352):
         nats = law(run.config().active_params() / 1e9, run.tokens / 1e9, run.E) + 0.001 * run.seed
-        lines.append(json.dumps({**run._asdict(), "nats": float(nats), "seconds": 60}))
+        lines.append(json.dumps({**run._asdict(), "nats": float(nats), "tokens/s": 9000}))
     path.write_text("\n".join(lines[:-1]) + "\n")
     assert "seed=2" in refused(scaling_law.main, "fit", path)
     path.write_text("\n".join(lines) + "\n")
