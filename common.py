@@ -51,6 +51,7 @@ def run_main(main: Callable[[], None]) -> None:
         print("\nstopped", file=sys.stderr)
         sys.exit(130)
 
+
 class Parser(argparse.ArgumentParser):
     """argparse, but what it refuses is one line, as everywhere, and its --help keeps a docstring's lines."""
 

@@ -240,7 +240,7 @@ def rows_at_a_time(stage: Stage, asked: int | None) -> int:
     """`asked`, or at most 32k tokens, which a GPU has memory for. Raises UserError if ranks cannot share."""
     rows = stage.batch // stage.context
     part = asked or max(1, min(math.ceil(rows / WORLD), 2**15 // stage.context))
-    if math.ceil(rows / part) % WORLD:
+    if math.ceil(rows / part) % WORLD:  # a process with fewer parts would leave the others waiting for ever
         raise UserError(f"{rows} rows, {part} at a time, do not make as many parts for {WORLD} processes: "
                         "choose another --micro-rows or --nproc_per_node")
     return part
@@ -387,7 +387,8 @@ def run_stage(name: str, args, prepared: dict, device: torch.device) -> None:
         torch.save({"format": "mobilemoe/1", "config": dataclasses.asdict(config), "stage": name,
                     "quantized": stage.int4, "context": stage.context, "model": weights, "history": history,
                     **carried}, file)
-    (args.run / "resume.pt").unlink(missing_ok=True)
+    for leftover in (args.run / "resume.pt", *args.run.glob(".*.pt.*.part")):    # .part: a save was killed
+        leftover.unlink(missing_ok=True)
     bits = ", ".join(f"{domain} {b:.3f}" for domain, b in row["bits_per_byte"].items())
     print(f"{name}: {row['seconds']} s; held-out bits per byte {bits} -> {args.run / name}.pt")
     print(row["sample"], flush=True)
@@ -496,13 +497,16 @@ def main():
     finished = [name for name in STAGES if (args.run / f"{name}.pt").exists()]
     if args.stage == "all" and not args.resume and (finished or (args.run / "resume.pt").exists()):
         raise UserError(f"{args.run} already holds a run: --resume continues it, --run FOLDER starts another")
+    if args.stage in STAGES[1:]:    # its shape is that of the checkpoint it starts from, not --preset's
+        before = args.run / f"{STAGES[STAGES.index(args.stage) - 1]}.pt"
+        args.config = config_from_dict(load_checkpoint(before)["config"])
     # Rank 0 makes tokens.pt, the others wait for it in join_ranks and read it.
     prepared = None if RANK else prepare_data(args.run, args.data, args.tokenizer, args.config.vocab_size)
     device = join_ranks(args.device)
     prepared = prepared or prepare_data(args.run, args.data, args.tokenizer, args.config.vocab_size)
     if {"sft", "qat"} & set(stages) and not len(prepared["chat"]["lengths"]):
-        raise UserError(f"{args.run / 'tokens.pt'} holds no conversations, which sft and qat learn from: add "
-                        '.jsonl lines with "messages" to --data, or run `pretrain` and `midtrain` only')
+        raise UserError(f"{args.run / 'tokens.pt'} holds no conversations, which sft and qat learn from: "
+                        'delete it and add "messages" to --data, or run `pretrain` and `midtrain` only')
     for name in stages:
         if not (args.stage == "all" and name in finished):
             run_stage(name, args, prepared, device)

@@ -2,6 +2,7 @@
 import json
 import os
 import pydoc_data.topics
+import shutil
 import sys
 from pathlib import Path
 
@@ -16,8 +17,6 @@ import train
 from common import run_main
 from mobilemoe import PRESETS, Config, MobileMoE
 
-torch.set_num_threads(1)
-
 
 @pytest.fixture(scope="session")
 def text_folder(tmp_path_factory) -> Path:
@@ -26,10 +25,10 @@ def text_folder(tmp_path_factory) -> Path:
     topics = pydoc_data.topics.topics
     (folder / "prose.txt").write_text("\n\n".join(topics[name] for name in sorted(topics)[:12]))
     sums = [{"text": "\n".join(f"{a} + {b} = {a + b}" for b in range(12))} for a in range(4, 24)]
-    (folder / "maths.jsonl").write_text("".join(json.dumps(line) + "\n" for line in sums))
     chats = [{"messages": [{"role": "user", "content": f"What is {a} + 7?"},
                            {"role": "assistant", "content": f"{a + 7}."}]} for a in range(40)]
-    (folder / "chat.jsonl").write_text("".join(json.dumps(line) + "\n" for line in chats))
+    for name, lines in (("maths", sums), ("chat", chats)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
 
@@ -42,6 +41,16 @@ def finished_run(text_folder, tmp_path_factory) -> Path:
         patch.setattr(sys, "argv", ["train.py", *arguments])
         train.main()
     return run
+
+
+@pytest.fixture
+def run_with(finished_run, tmp_path):
+    """run_with("tokens", "sft"): a folder of the test's own with these files of the finished run."""
+    def copy(*names) -> Path:
+        for name in names:
+            shutil.copy(finished_run / f"{name}.pt", tmp_path)
+        return tmp_path
+    return copy
 
 
 @pytest.fixture
@@ -65,8 +74,7 @@ def refused(call):
     """refused(main, *arguments): expect exit code 2 and one line on stderr, which is returned."""
     def run(main, *arguments) -> str:
         code, _, err = call(main, *arguments)
-        assert code == 2, f"exit code {code}, stderr: {err!r}"
-        assert err.startswith("error: ") and err.endswith("\n") and err.count("\n") == 1, err
+        assert code == 2 and err.startswith("error: ") and err.endswith("\n") and err.count("\n") == 1, err
         return err
     return run
 

@@ -1,10 +1,10 @@
 """train.py: four stages, exact resuming, accumulation, divergence survived, the schedule, Muon."""
 import dataclasses
+import itertools
 import json
 import math
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,19 +17,18 @@ import torch
 
 import data
 import train
-from common import UserError, load_checkpoint
+from common import UserError, load_checkpoint, load_dict
 from mobilemoe import DENSE, PRESETS, MobileMoE, model_from_checkpoint
 from muon import Muon, orthogonal
-from quantize import attach, fake_quant, master_state_dict
+from quantize import attach, master_state_dict
 
-ROOT = Path(train.__file__).parent
 TEST = PRESETS["test"]
 BEGUN = {"stage": "pretrain", "micro_rows": 4}
 
 
 @pytest.fixture(scope="module")
 def prepared(finished_run) -> dict:
-    return torch.load(finished_run / "tokens.pt", weights_only=True)
+    return load_dict(finished_run / "tokens.pt")
 
 
 def fresh_model(config=TEST) -> MobileMoE:
@@ -39,6 +38,11 @@ def fresh_model(config=TEST) -> MobileMoE:
 
 def same_weights(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def rounded(experts: torch.Tensor) -> bool:
+    """[E, in, out]: do 32 weights that share a scale take no more than the 16 values of INT4?"""
+    return len(experts[0, :32, 0].unique()) <= 16
 
 
 def an_hour_a_step(patch: pytest.MonkeyPatch, only: int | None = None) -> None:
@@ -67,24 +71,17 @@ def test_a_run_leaves_checkpoints_log_report_and_a_phone_file(finished_run):
     stages = [f"| {stage} " for stage in train.STAGES]
     for row in ("| `xz -9e`", *stages, "(PTQ)", "mobilemoe.gguf", "Q: ", "A: "):
         assert row in report, row
-    assert (finished_run / "mobilemoe.gguf").read_bytes()[:4] == b"GGUF"
-    assert (finished_run / "report.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-
-
-def test_log_has_every_stage_to_its_last_step(finished_run):
-    records = [json.loads(line) for line in (finished_run / "log.jsonl").read_text().splitlines()]
-    last = {record["stage"]: record for record in records}
+    last = {line["stage"]: line for line in map(json.loads, open(finished_run / "log.jsonl"))}
     assert list(last) == list(train.STAGES)
-    for record in last.values():
-        assert record["step"] == 8 and record["load"] >= 1 and 0 <= record["dropped"] < 1
-        assert record["loss"] > 0 and record["bits_per_byte"] > 0
+    for line in last.values():
+        assert line["step"] == 8 and line["load"] >= 1 and 0 <= line["dropped"] < 1 < line["bits_per_byte"]
 
 
 def test_checkpoints_are_plain_data_and_make_a_model(finished_run):
     for stage in train.STAGES:
         checkpoint = torch.load(finished_run / f"{stage}.pt", weights_only=True)   # raises on anything else
         assert (checkpoint["format"], checkpoint["stage"]) == ("mobilemoe/1", stage)
-        assert checkpoint["quantized"] == (stage == "qat") and checkpoint["history"][-1]["bits_per_byte"]
+        assert checkpoint["quantized"] == (stage == "qat")
         context = 64 if stage == "pretrain" else 128
         assert checkpoint["config"]["max_context"] == checkpoint["context"] == context
         assert checkpoint["model"].keys() == MobileMoE(TEST).state_dict().keys()
@@ -92,162 +89,107 @@ def test_checkpoints_are_plain_data_and_make_a_model(finished_run):
         model_from_checkpoint(checkpoint)
 
 
-def test_training_lowers_the_loss(finished_run):
-    rows = {row["stage"]: row for row in load_checkpoint(finished_run / "qat.pt")["history"]}
+def test_what_the_stages_do_to_the_model(finished_run):
+    """All lower the loss; balancing moves the bias until SFT freezes it; QAT's masters are not rounded."""
+    models = [load_checkpoint(finished_run / f"{stage}.pt") for stage in train.STAGES]
+    rows = {row["stage"]: row for row in models[-1]["history"]}
     assert rows["pretrain"]["loss"] < math.log(TEST.vocab_size) - 0.5       # 6.24 nats: knowing nothing
     bits = [rows[stage]["bits_per_byte"]["prose"] for stage in train.STAGES]
     assert bits[1] < bits[0] - 0.03 and bits[3] < bits[0] - 0.03
-
-
-def test_balancing_moves_the_bias_in_pre_and_mid_training_and_then_freezes_it(finished_run):
-    weights = [load_checkpoint(finished_run / f"{stage}.pt")["model"] for stage in train.STAGES]
-    biases = [{name: tensor for name, tensor in model.items() if "expert_bias" in name} for model in weights]
+    biases = [{name: x for name, x in model["model"].items() if "expert_bias" in name} for model in models]
     pretrain, midtrain, sft, qat = biases
     assert all(bias.any() for bias in pretrain.values()) and not same_weights(pretrain, midtrain)
     assert same_weights(midtrain, sft) and same_weights(sft, qat)
-
-
-def test_qat_checkpoint_holds_masters_not_rounded_weights(finished_run):
-    weights = load_checkpoint(finished_run / "qat.pt")["model"]
-    weight = weights["model.layers.0.feed_forward.experts.down_proj"]
-    assert not torch.equal(weight, fake_quant(weight, 1))
+    assert not rounded(models[-1]["model"]["model.layers.0.feed_forward.experts.down_proj"])
 
 # ----------------------------------------------------------------------------------------------------------
-# Stopped and resumed
+# Stopped and resumed, one stage alone, other shapes, other data
 
 
-@pytest.mark.parametrize("name", ["pretrain", "qat"])
-def test_a_resumed_stage_ends_with_the_same_weights(name, prepared, finished_run, tmp_path, monkeypatch):
-    """pretrain: Muon's and AdamW's state and the moving expert_bias; qat: masters under the rounding."""
-    stage = train.TEST[name]
-
-    def run(resume=None):
-        model = fresh_model()
-        if name == "qat":
-            model.load_state_dict(load_checkpoint(finished_run / "sft.pt")["model"])
-        batches = train.Batches(prepared, stage, 0)
-        train.train_stage(model, stage, batches, prepared, tmp_path, BEGUN, resume)
-        return master_state_dict(model)
-    an_hour_a_step(monkeypatch, only=2)
-    whole = run()
-    state = torch.load(tmp_path / "resume.pt", weights_only=True)
-    assert state["step"] == 3 and state["micro_rows"] == 4
-    assert same_weights(run(state), whole)
-
-
-def die_while_saving():
-    """`python train.py ...`, killed in the middle of writing its third save. Runs in a child process."""
-    an_hour_a_step(pytest.MonkeyPatch())
-    save, saves = torch.save, []
+def train_in_a_fork(arguments: list, fatal_save: int = 0) -> int:
+    """`python train.py ...` in a child that saves after every step, and is killed amid the n-th save."""
+    if child := os.fork():
+        return child
+    save, saves = torch.save, itertools.count(1)
 
     def save_or_die(state, file):
-        saves.append(state)
-        if len(saves) == 3:
+        if next(saves) == fatal_save:
             file.write(b"half")
             file.flush()
             os.kill(os.getpid(), signal.SIGKILL)
         save(state, file)
-    torch.save = save_or_die
-    train.main()
-
-
-def test_a_run_killed_while_saving_resumes_to_the_same_end(finished_run, text_folder, tmp_path, call):
-    for name in ("tokens.pt", "pretrain.pt", "midtrain.pt", "sft.pt"):
-        shutil.copy(finished_run / name, tmp_path)
-    arguments = ["--preset", "test", "--data", text_folder, "--run", tmp_path, "--resume"]
-    path = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
-    code = "import test_train; test_train.die_while_saving()"
-    child = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True,
-                           env={**os.environ, "PYTHONPATH": path})
-    assert child.returncode == -signal.SIGKILL, child.stderr
-    assert torch.load(tmp_path / "resume.pt", weights_only=True)["step"] == 2
-    code, out, err = call(train.main, *arguments)
-    assert (code, err) == (0, "")
-    assert "qat: resuming after step 2" in out and "\nsft:" not in out      # finished stages are not redone
-    ours, theirs = (load_checkpoint(run / "qat.pt") for run in (tmp_path, finished_run))
-    assert same_weights(ours["model"], theirs["model"])
-    assert ours["history"][-1]["bits_per_byte"] == theirs["history"][-1]["bits_per_byte"]
-    assert (tmp_path / "mobilemoe.gguf").read_bytes() == (finished_run / "mobilemoe.gguf").read_bytes()
-
-
-def train_in_a_fork(arguments: list) -> int:
-    """`python train.py ...` that saves after every step, without the seconds a new Python takes to start."""
-    if pid := os.fork():
-        return pid
     try:
+        torch.save = save_or_die
         an_hour_a_step(pytest.MonkeyPatch())
-        sys.argv = ["train.py", *map(str, arguments)]
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.argv = ["train.py", *map(str, arguments)]
         train.main()
         os._exit(0)
     finally:
         os._exit(1)
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
-def test_killed_at_random_a_run_ends_as_if_it_had_not_been(kills, finished_run, tmp_path, call, refused):
-    def arguments(name):
-        (tmp_path / name).mkdir(exist_ok=True)
-        shutil.copy(finished_run / "tokens.pt", tmp_path / name)
-        return ["pretrain", "--preset", "test", "--run", tmp_path / name, "--tokens", 40 * 256, "--resume"]
-    start = time.time()
-    assert os.waitpid(train_in_a_fork(arguments("whole")), 0)[1] == 0
-    moments = random.Random(kills)
-    seconds = time.time() - start
-    for _ in range(kills):
-        child = train_in_a_fork(arguments("killed"))
-        time.sleep(moments.uniform(0.1, 0.5) * seconds)
+def check_same_end(run: Path, finished_run: Path) -> None:
+    ours, theirs = (load_checkpoint(folder / "qat.pt") for folder in (run, finished_run))
+    assert same_weights(ours["model"], theirs["model"])
+    for mine, other in zip(ours["history"], theirs["history"], strict=True):
+        for what in ("stage", "tokens", "loss", "bits_per_byte", "sample"):
+            assert mine.get(what) == other.get(what)
+    assert (run / "mobilemoe.gguf").read_bytes() == (finished_run / "mobilemoe.gguf").read_bytes()
+    assert set(os.listdir(run)) == set(os.listdir(finished_run))            # nothing half-made is left
+
+
+def test_a_run_killed_in_every_stage_ends_as_if_it_had_not_been(finished_run, run_with, call, refused):
+    run = run_with("tokens")
+    arguments = ["--preset", "test", "--run", run, "--resume"]
+    # Each start but the first makes five saves of the stage before, and its checkpoint, then dies in its own.
+    for stage, fatal_save in zip(train.STAGES, (3, 9, 9, 9)):
+        assert os.waitpid(train_in_a_fork(arguments, fatal_save), 0)[1] == signal.SIGKILL
+        state = load_dict(run / "resume.pt")
+        assert (state["stage"], state["step"]) == (stage, 2)
+    assert "another --seed" in refused(train.main, *arguments, "--seed", 1)
+    assert "another --tokens" in refused(train.main, "qat", *arguments, "--tokens", 999)
+    code, out, err = call(train.main, *arguments)
+    assert (code, err) == (0, "") and "qat: resuming after step 2" in out and "\nsft: " not in out
+    check_same_end(run, finished_run)
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_random_ends_as_if_it_had_not_been(finished_run, run_with, call):
+    arguments = ["--preset", "test", "--run", run_with("tokens"), "--resume"]
+    moments = random.Random(0)
+    for _ in range(20):
+        child = train_in_a_fork(arguments)
+        time.sleep(moments.uniform(0.05, 0.4))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-    if (tmp_path / "killed" / "resume.pt").exists():
-        assert "another --seed" in refused(train.main, *arguments("killed"), "--seed", 1)
-        assert "another --tokens" in refused(train.main, *arguments("killed"), "--tokens", 999)
-    code, _, err = call(train.main, *arguments("killed"))
-    assert (code, err) == (0, "")
-    whole, killed = (load_checkpoint(tmp_path / name / "pretrain.pt") for name in ("whole", "killed"))
-    assert same_weights(whole["model"], killed["model"])
-    for what in ("loss", "bits_per_byte", "sample"):
-        assert whole["history"][1][what] == killed["history"][1][what]
+    assert call(train.main, *arguments)[::2] == (0, "")
+    check_same_end(arguments[3], finished_run)
 
 
-@pytest.mark.parametrize("part", [0, 2], ids=["empty", "torn"])
-def test_a_damaged_save_is_one_line_with_a_cure(finished_run, tmp_path, refused, part):
-    for name in ("tokens.pt", "pretrain.pt"):
-        shutil.copy(finished_run / name, tmp_path)
-    good = (tmp_path / "pretrain.pt").read_bytes()
-    (tmp_path / "resume.pt").write_bytes(good[:len(good) // part] if part else b"")
-    error = refused(train.main, "midtrain", "--run", tmp_path, "--resume")
-    assert "resume.pt" in error and "delete it" in error
+def test_one_stage_from_the_checkpoint_before_it(finished_run, run_with, call, monkeypatch):
+    run = run_with("tokens", "pretrain")
+    monkeypatch.setitem(PRESETS, "tiny", dataclasses.replace(TEST, vocab_size=300))     # too small a default
+    assert call(train.main, "midtrain", "--run", run)[::2] == (0, "")       # no --preset: the run knows
+    assert sorted(os.listdir(run)) == ["log.jsonl", "midtrain.pt", "pretrain.pt", "tokens.pt"]
+    assert same_weights(*(load_checkpoint(folder / "midtrain.pt")["model"] for folder in (run, finished_run)))
 
 
-def test_one_stage_from_the_checkpoint_before_it(finished_run, tmp_path, call):
-    for name in ("tokens.pt", "pretrain.pt"):
-        shutil.copy(finished_run / name, tmp_path)
-    code, _, err = call(train.main, "midtrain", "--run", tmp_path)          # no --preset: the run knows
-    assert (code, err) == (0, "")
-    assert sorted(os.listdir(tmp_path)) == ["log.jsonl", "midtrain.pt", "pretrain.pt", "tokens.pt"]
-    assert same_weights(*(load_checkpoint(run / "midtrain.pt")["model"] for run in (tmp_path, finished_run)))
-
-
-def test_the_dense_baseline_trains_by_the_same_path(finished_run, tmp_path, call):
-    config, run = tmp_path / "dense.json", tmp_path / "run"
-    config.write_text(json.dumps(dataclasses.asdict(dataclasses.replace(TEST, **DENSE))))
-    run.mkdir()
-    shutil.copy(finished_run / "tokens.pt", run)
-    code, _, err = call(train.main, "pretrain", "--config", config, "--run", run)
-    assert (code, err) == (0, "")
+def test_the_dense_baseline_trains_by_the_same_path(run_with, call):
+    run = run_with("tokens")
+    (run / "dense.json").write_text(json.dumps(dataclasses.asdict(TEST) | DENSE))
+    assert call(train.main, "pretrain", "--config", run / "dense.json", "--run", run)[::2] == (0, "")
     checkpoint = load_checkpoint(run / "pretrain.pt")
     assert model_from_checkpoint(checkpoint).config.dense and "load" not in checkpoint["history"][1]
     assert checkpoint["history"][1]["loss"] < math.log(TEST.vocab_size) - 0.3
 
 
-def test_shards_are_trained_on_from_the_disk_in_every_stage(finished_run, text_folder, tmp_path, call):
+def test_shards_are_trained_on_from_the_disk_in_every_stage(prepared, text_folder, tmp_path, call):
     ranks, shards, run = tmp_path / "ranks.tiktoken", tmp_path / "shards", tmp_path / "run"
-    ranks.write_text(torch.load(finished_run / "tokens.pt", weights_only=True)["tokenizer"]["ranks"])
+    ranks.write_text(prepared["tokenizer"]["ranks"])
     for name in ("prose.txt", "maths.jsonl", "chat.jsonl"):
         data.tokenize_files([text_folder / name], name.split(".")[0], shards, ranks, workers=1)
-    code, _, err = call(train.main, "--preset", "test", "--data", shards, "--run", run)
-    assert (code, err) == (0, "")
+    assert call(train.main, "--preset", "test", "--data", shards, "--run", run)[::2] == (0, "")
     rows = {row["stage"]: row for row in load_checkpoint(run / "qat.pt")["history"]}
     assert set(train.STAGES) < set(rows) and rows["pretrain"]["loss"] < math.log(TEST.vocab_size) - 0.5
 
@@ -255,52 +197,40 @@ def test_shards_are_trained_on_from_the_disk_in_every_stage(finished_run, text_f
 # One step
 
 
-class Recorder:
-    """An optimizer that only looks: gradients as an optimizer would get them, after clipping."""
-
-    def __init__(self, model):
-        self.model, self.param_groups, self.grads = model, [{"share": 1.0}], {}
-
-    def step(self):
-        self.grads = {name: p.grad.clone() for name, p in self.model.named_parameters()}
-
-    def zero_grad(self):
-        self.model.zero_grad()
-
-
 @pytest.mark.parametrize("micro_rows", [1, 3])
 @pytest.mark.parametrize("name", ["midtrain", "sft"])
 def test_accumulated_gradients_are_those_of_the_whole_batch(prepared, lively, name, micro_rows):
     """sft: rows hold very different numbers of answer tokens. Dropless: capacity is counted per part."""
-    stage = dataclasses.replace(train.TEST[name], batch=1024, capacity=None)
-    batches = train.Batches(prepared, stage, 0)
-    results = []
+    stage = dataclasses.replace(train.TEST[name], batch=1024, capacity=None, bias_rate=0, peak_lr=100)
+    batches, results = train.Batches(prepared, stage, 0), []
     for rows in (8, micro_rows):
-        model = lively(dataclasses.replace(TEST, z_loss=0.0))
-        recorder = Recorder(model)
-        results.append((train.train_step(model, [recorder], stage, batches, 0, 8, rows), recorder.grads))
+        model, before = (lively(dataclasses.replace(TEST, z_loss=0.0)) for _ in range(2))
+        plain = torch.optim.SGD([dict(params=model.parameters(), share=1.0)])       # moves by rate x gradient
+        result = train.train_step(model, [plain], stage, batches, 0, 100, rows)
+        moved = torch.nn.utils.parameters_to_vector(model.parameters())
+        moved -= torch.nn.utils.parameters_to_vector(before.parameters())
+        results.append((result, moved.detach()))
     (whole, want), (parts, got) = results
     answers = (batches.batch(0, 8)[1] != -100).sum(1)
     assert name == "midtrain" or answers.min() < answers.max() / 2
     assert parts["loss"] == pytest.approx(whole["loss"], rel=1e-5)
     assert torch.equal(parts["load"], whole["load"])
-    for name, grad in want.items():
-        torch.testing.assert_close(got[name], grad, rtol=1e-3, atol=1e-5 * grad.abs().max().item())
-    assert torch.stack([grad.norm() for grad in got.values()]).norm() < 1 + 1e-3           # clipped
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+    assert got.norm().item() == pytest.approx(100 / 2, rel=1e-3)   # clipped to 1; first of 2 warm-up steps
 
 
 @pytest.mark.parametrize("name", ["pretrain", "qat"])
 def test_recomputed_activations_train_the_same_weights_in_less_memory(prepared, tmp_path, name):
-    ends = []
+    stage = dataclasses.replace(train.TEST[name], tokens=512)
+    batches, ends = train.Batches(prepared, stage, 0), []
     for less_memory in (False, True):
         model, kept = fresh_model(), []
         with torch.autograd.graph.saved_tensors_hooks(lambda x: (kept.append(x.numel()), x)[1], lambda x: x):
-            stage = dataclasses.replace(train.TEST[name], tokens=512)
-            train.train_stage(model, stage, train.Batches(prepared, stage, 0), prepared, tmp_path, BEGUN,
-                              less_memory=less_memory)
+            train.train_stage(model, stage, batches, prepared, tmp_path, BEGUN, less_memory=less_memory)
         ends.append((master_state_dict(model), sum(kept)))
-    (plain, kept), (again, kept2) = ends
-    assert same_weights(plain, again) and kept2 < kept / 2
+        assert rounded(model.model.layers[0].feed_forward.experts.down_proj) == stage.int4
+    (plain, kept), (again, kept_again) = ends
+    assert same_weights(plain, again) and kept_again < kept / 2
 
 
 @pytest.mark.slow
@@ -309,10 +239,9 @@ def test_preset_S_takes_a_step_in_24_GB():
     available = int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) * 1024
     if available < 23e9:
         pytest.skip("needs 23 GB of free memory")
-    script = Path(__file__).with_name("step_of_S.py")
-    child = subprocess.run([sys.executable, script], env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=-1)
-    assert child.returncode == 0
-    peak, loss, _ = map(float, child.stdout.split()[-3:])
+    script, root = Path(__file__).with_name("step_of_S.py"), str(Path(train.__file__).parent)
+    out = subprocess.check_output([sys.executable, script], env={**os.environ, "PYTHONPATH": root})
+    peak, loss, _ = map(float, out.split()[-3:])
     assert peak < 24 and math.isfinite(loss)
 
 
@@ -337,21 +266,19 @@ def test_a_step_that_is_not_a_number_changes_nothing(prepared, lively, what):
 def test_a_loss_that_stays_no_number_ends_the_run_in_one_line(prepared, tmp_path, monkeypatch):
     step, stage = train.train_step, train.TEST["pretrain"]
     monkeypatch.setattr(train, "train_step", lambda *a: {**step(*a), "loss": 1.0 if a[4] == 0 else math.nan})
-    with pytest.raises(UserError, match="not a number any more.*peak_lr") as refusal:
+    with pytest.raises(UserError, match="^the loss is not a number any more.*peak_lr.*$"):
         train.train_stage(fresh_model(), stage, train.Batches(prepared, stage, 0), prepared, tmp_path, BEGUN)
-    assert "\n" not in str(refusal.value)
 
 
 def test_batches_mix_text_and_conversations_by_weight(prepared):
     stage = dataclasses.replace(train.TEST["sft"], mixture=dict(chat=75, prose=25))
-    inputs, targets = train.Batches(prepared, stage, 0).batch(3, 8)
+    batches = train.Batches(prepared, stage, 0)
+    inputs, targets = batches.batch(3, 8)
     assert inputs.shape == targets.shape == (8, stage.context)
-    assert inputs.dtype == targets.dtype == torch.int64
     chat = (targets == -100).float().mean(1) > 0.3                          # most of a chat row is question
     assert chat.tolist() == [False] * 2 + [True] * 6
-    again = train.Batches(prepared, stage, 0)
-    assert torch.equal(again.batch(3, 8)[0], inputs) and not torch.equal(again.batch(4, 8)[0], inputs)
-    assert not torch.equal(train.Batches(prepared, stage, 1).batch(3, 8)[0], inputs)
+    for seed, step, same in ((0, 3, True), (0, 4, False), (1, 3, False)):
+        assert torch.equal(train.Batches(prepared, stage, seed).batch(step, 8)[0], inputs) == same
 
 # ----------------------------------------------------------------------------------------------------------
 # Table, schedule, optimizers
@@ -360,16 +287,11 @@ def test_batches_mix_text_and_conversations_by_weight(prepared):
 def test_the_table_is_the_papers_for_the_papers_sizes():
     assert all(train.stages_for(PRESETS[preset]) is train.PAPER for preset in "SML")
     assert all(train.stages_for(PRESETS[preset]) is train.TINY for preset in ("tiny", "tiny-dense"))
-    stages = list(train.PAPER.values())
-    assert [s.tokens for s in stages] == [6e12, 500e9, 126e9, 21e9]
-    assert [s.context for s in stages] == [2048, 8192, 8192, 8192]
-    assert [s.peak_lr for s in stages] == [4e-4, 4e-5, 4e-6, 4e-6]
-    assert [s.decay for s in stages] == ["cosine", "linear", "cosine", "cosine"]
-    assert [s.capacity for s in stages] == [1.5, 1.5, None, None]
-    assert [s.bias_rate for s in stages] == [1e-3, 1e-3, 0, 0]
-    for table in (train.PAPER, train.TINY):
-        assert tuple(table) == train.STAGES
-        assert [s.int4 for s in table.values()] == [False, False, False, True]
+    columns = ("tokens", "context", "peak_lr", "decay", "capacity", "bias_rate", "int4")
+    assert [tuple(getattr(stage, column) for column in columns) for stage in train.PAPER.values()] == [
+        (6e12, 2048, 4e-4, "cosine", 1.5, 1e-3, False), (500e9, 8192, 4e-5, "linear", 1.5, 1e-3, False),
+        (126e9, 8192, 4e-6, "cosine", None, 0, False), (21e9, 8192, 4e-6, "cosine", None, 0, True)]
+    assert tuple(train.PAPER) == tuple(train.TINY) == train.STAGES
 
 
 @pytest.mark.parametrize("decay", ["cosine", "linear"])
@@ -429,4 +351,6 @@ def test_every_weight_has_exactly_one_optimizer_and_norms_no_decay(dense, attach
     assert [type(opt).__name__ for opt in train.optimizers(model, train.PAPER)] == ["AdamW"]
     muon = train.optimizers(model, train.TEST)[0]
     by_muon = [names[id(p)] for group in muon.param_groups for p in group["params"]]
+    for group in muon.param_groups:
+        assert {1 + ("gate_up" in names[id(p)]) for p in group["params"]} == {group["side_by_side"]}
     assert sorted(by_muon) == sorted(name for name in names.values() if "proj" in name)
