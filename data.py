@@ -151,7 +151,7 @@ def hold_out(texts: Iterable[str], share: float, kept: dict[str, str]) -> Iterat
 
     Works on a stream, so that shards and small folders share one rule.
     The hash decides, so a copy is held out, too. Of more than HELDOUT characters those of the smallest hashes
-    stay: a sample of all the text, without knowing how long it is.
+    stay, a sample of all the text without knowing how long it is; the others are trained on.
     """
     for text in texts:
         key = hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -160,7 +160,7 @@ def hold_out(texts: Iterable[str], share: float, kept: dict[str, str]) -> Iterat
             continue
         kept[key] = text
         while sum(map(len, kept.values())) > HELDOUT and len(kept) > 1:
-            del kept[max(kept)]
+            yield kept.pop(max(kept))
 
 
 def conversation(text: str) -> dict:
@@ -193,10 +193,7 @@ def folder_corpus(folder: str | Path) -> Corpus:
         raise UserError(f"{folder} needs at least two documents of text in one domain: {corpus.source}")
     for domain, texts in found.items():
         kept = {}
-        if not list(hold_out(texts, 0.05, kept)):
-            kept.pop(max(kept))         # one is always trained on
-        unseen = set(kept.values())     # what exceeds HELDOUT characters is trained on
-        training = [text for text in texts if text not in unseen]
+        training = list(hold_out(texts, 0.05, kept)) or [kept.pop(max(kept))]       # one is always trained on
         if domain == "chat":
             corpus.sft_train = [conversation(text) for text in training]
             corpus.sft_heldout = [conversation(text) for text in kept.values()]

@@ -6,8 +6,8 @@
     python train.py --preset S --data TEXT --tokenizer tokenizer.model --run runs/S
     torchrun --nproc_per_node=8 -- train.py ...  the same on eight GPUs (--: or torchrun takes --run itself)
 
-The paper's recipe (section 4) stands in one table below, beside the one that two CPU cores can afford. Each
-stage ends in a checkpoint (runs/NAME/pretrain.pt, midtrain.pt, sft.pt, qat.pt). log.jsonl has every logged
+Two tables below hold the recipes: the paper's (section 4), and one that two CPU cores can afford. Each stage
+ends in a checkpoint (runs/NAME/pretrain.pt, midtrain.pt, sft.pt, qat.pt). log.jsonl has every logged
 step; report.md and report.png sum up.
 
 Top to bottom: the table, batches, optimizers, one step, the loop, a stage from checkpoint to checkpoint, the
@@ -15,6 +15,7 @@ report, the command line, and last what many processes need to train one model.
 What it is not: the model is mobilemoe.py, the INT4 lattice quantize.py, corpus and tokenizer data.py.
 """
 import collections
+import contextlib
 import dataclasses
 import functools
 import json
@@ -34,9 +35,9 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint as recompute
 
 import data
-from common import (Parser, Progress, UserError, ask_llama_cpp, atomic_write, encode_prompt, keep_memory,
-                    load_checkpoint, load_dict, markdown_table, new_figure, number, read_json, run_main,
-                    save_figure, stop_tokens, tokenizer_from_dict)
+from common import (Parser, Progress, UserError, ask_llama_cpp, atomic_write, encode, encode_prompt,
+                    keep_memory, load_checkpoint, load_dict, markdown_table, new_figure, number, read_json,
+                    run_main, save_figure, stop_tokens, tokenizer_from_dict)
 from export_mobile import export_checkpoint
 from kernels import matmul_dtype
 from mobilemoe import (PRESETS, Config, MobileMoE, bits_per_byte, config_from_dict, generate,
@@ -57,7 +58,7 @@ class Stage:
     decay: str                      # "cosine" or "linear", after the warm-up ...
     final_lr: float                 # ... to this fraction of the peak
     capacity: float | None          # drop-and-pad with this capacity factor; None is dropless
-    bias_rate: float                # step of the loss-free balancing; 0 freezes expert_bias
+    bias_rate: float                # step of the loss-free balancing, in units of the router's score; 0: none
     mixture: dict                   # weights of data.DOMAINS, and of "chat" for packed conversations
     int4: bool = False              # fake-quantised forward (QAT)
 
@@ -72,12 +73,12 @@ DOCS = dict(prose=78, maths=8, code=7, knowledge=7)
 DOCS_FOCUS = dict(prose=68, maths=13, code=8, knowledge=11)
 CHAT = dict(chat=75, prose=14.2, code=3.6, knowledge=3.6, maths=3.6)
 REPLAY = dict(chat=45, prose=35, code=8, knowledge=6, maths=6)
-PAPER = {   #        tokens  context  batch    peak  decay     final  capacity  bias   mixture
+PAPER = {   #        tokens  context  batch    peak  decay     final  capacity  bias   mixture          int4
     "pretrain": Stage( 6e12,    2048, 2**22,   4e-4, "cosine",   0.1,     1.5,  1e-3, BROAD),
     "midtrain": Stage(500e9,    8192, 2**22,   4e-5, "linear",   0.0,     1.5,  1e-3, FOCUS),
     "sft":      Stage(126e9,    8192, 2**20,   4e-6, "cosine",   0.0,    None,     0, dict(chat=1)),
     "qat":      Stage( 21e9,    8192, 2**20,   4e-6, "cosine",   0.0,    None,     0, dict(chat=1), True)}
-# Minutes instead of months, so much higher rates; peak is Muon's (see `optimizers`). The first stage sees
+# Minutes, not months, hence far higher rates; peak is Muon's (see `optimizers`). The first stage sees
 # short rows because a token there costs less; later stages see longer ones and, as in the paper, focused
 # text. The last two are dropless: no token of an answer may be lost.
 TINY = {
@@ -85,13 +86,17 @@ TINY = {
     "midtrain": Stage(0.95e6,    512,  4096,  0.006, "linear",   0.0,     1.5,  1e-2, DOCS_FOCUS),
     "sft":      Stage(0.35e6,    512,  2048, 0.0035, "cosine",   0.0,    None,     0, CHAT),
     "qat":      Stage(0.15e6,    512,  4096,  0.002, "cosine",   0.0,    None,     0, REPLAY, True)}
-STAGES = tuple(TINY)        # in this order: each starts from the checkpoint of the one before
+STAGES = tuple(TINY)        # in this order: each starts from the checkpoint of the one before. (A new stage
+                            # needs a row in both tables.)
 TEST = {name: dataclasses.replace(stage, tokens=8 * 256, context=64 if name == "pretrain" else 128, batch=256)
         for name, stage in TINY.items()}
 
 
 def stages_for(config: Config) -> dict[str, Stage]:
-    """The paper's numbers from 100M active parameters up, the scaled ones below, eight steps for tests."""
+    """The paper's numbers from 100M active parameters up, the scaled ones below, eight steps for tests.
+
+    A vocabulary of at most 1,024 tokens says that this is a test.
+    """
     if config.vocab_size <= 1024:
         return TEST
     return PAPER if config.active_params() >= 100e6 else TINY
@@ -163,7 +168,8 @@ def optimizers(model: MobileMoE, stages: dict[str, Stage]) -> list[torch.optim.O
 
 
 def lr_factor(stage: Stage, step: int, steps: int) -> float:
-    """Fraction of the peak at a step: 2 % linear warm-up, then cosine or linear down to stage.final_lr.
+    """Fraction of the peak at a step: 2 % of the stage's steps are a linear warm-up, then cosine or linear
+    down to stage.final_lr.
 
     The warm-up lets the optimizers' averages fill before a step is large.
     """
@@ -240,6 +246,9 @@ def rows_at_a_time(stage: Stage, asked: int | None) -> int:
     """`asked`, or at most 32k tokens, which a GPU has memory for. Raises UserError if ranks cannot share."""
     rows = stage.batch // stage.context
     part = asked or max(1, min(math.ceil(rows / WORLD), 2**15 // stage.context))
+    if WORLD > 1:
+        print(f"{WORLD} processes, {part} rows at a time: an expert fills up, and drops, part by part. With "
+              f"--micro-rows {part} another number of processes makes the same model", flush=True)
     if math.ceil(rows / part) % WORLD:  # a process with fewer parts would leave the others waiting for ever
         raise UserError(f"{rows} rows, {part} at a time, do not make as many parts for {WORLD} processes: "
                         "choose another --micro-rows or --nproc_per_node")
@@ -307,16 +316,26 @@ def train_stage(model: MobileMoE, stage: Stage, batches: Batches, prepared: dict
 
 
 def prepare_data(run: Path, folder: str | None, tokenizer_file: str | None, vocab_size: int) -> dict:
-    """data.prepare's dict, made once per run and then read from runs/NAME/tokens.pt. Raises UserError."""
+    """data.prepare's dict, made once per run and then read from runs/NAME/tokens.pt. Raises UserError.
+
+    Tokens of shards stay in their folder, which may move together with the run. If it moved alone, `folder`
+    says where to.
+    """
     path = run / "tokens.pt"
-    source = [str(folder or ""), str(tokenizer_file or "")]
+    source = [os.path.relpath(given, run) if given else "" for given in (folder, tokenizer_file)]
     if not path.is_file():
         prepared = {"source": source, **data.prepare(folder, tokenizer_file, vocab_size)}
         run.mkdir(parents=True, exist_ok=True)      # not before the data has turned out to be good
         with atomic_write(path) as file:
             torch.save(prepared, file)
     prepared = load_dict(path)
-    if any(given not in ("", made) for given, made in zip(source, prepared["source"])):
+    if prepared["shards"]:
+        prepared["shards"] = str(folder or run / prepared["source"][0])
+        ranks = data.load_tokenizer_file(Path(prepared["shards"], data.RANKS))
+        same = data.tokenizer_to_dict(ranks) == prepared["tokenizer"]
+    else:
+        same = all(given in ("", made) for given, made in zip(source, prepared["source"]))
+    if not same:
         raise UserError(f"{path} is of other --data or --tokenizer: leave them out, or start another --run")
     if (tokens := tokenizer_from_dict(prepared["tokenizer"]).n_vocab) > vocab_size:
         raise UserError(f"the tokenizer has {tokens:,} tokens, the model's vocabulary only {vocab_size:,}")
@@ -326,7 +345,8 @@ def prepare_data(run: Path, folder: str | None, tokenizer_file: str | None, voca
 def read_resume_state(run: Path, begun: dict) -> dict | None:
     """The state that a stopped stage saved last; None if it never got as far as a save.
 
-    `begun` is what must not change while a stage is resumed. Raises UserError if it has.
+    `begun` holds what decides the bits and must not change: the stage's name, seed, config, tokens, rows at
+    a time, and processes. Raises UserError if one of them has.
     """
     path = run / "resume.pt"
     state = load_dict(path) if path.exists() else {"stage": None}
@@ -334,7 +354,8 @@ def read_resume_state(run: Path, begun: dict) -> dict | None:
         return None
     for key, value in begun.items():
         if state[key] != value:
-            raise UserError(f"{run} was begun with another --{key.replace('_', '-')}: give the same again")
+            raise UserError(f"{run} was begun with another --{key.replace('_', '-')}: give the same again, "
+                            "or undo what you changed in the table")
     print(f"{state['stage']}: resuming after step {state['step']}", flush=True)
     return state
 
@@ -357,14 +378,14 @@ def run_stage(name: str, args, prepared: dict, device: torch.device) -> None:
     stage = stages_for(config)[name]
     stage = dataclasses.replace(stage, tokens=args.tokens or stage.tokens)
     begun = {"stage": name, "seed": args.seed, "config": dataclasses.asdict(config), "tokens": stage.tokens,
-             "micro_rows": rows_at_a_time(stage, args.micro_rows)}
+             "micro_rows": rows_at_a_time(stage, args.micro_rows), "nproc_per_node": WORLD}
     resume = read_resume_state(args.run, begun) if args.resume else None
     # Another seed for each stage, or mid-training would begin with the windows that pre-training began with.
     batches = Batches(prepared, stage, args.seed + position)
     row = train_stage(model.to(device), stage, batches, prepared, args.run, begun, resume,
                       args.checkpoint_activations)
     # All ranks take part in this: each holds a piece of every weight.
-    weights = {name: whole(tensor).cpu() for name, tensor in master_state_dict(model).items()}
+    weights = {key: whole(tensor).cpu() for key, tensor in master_state_dict(model).items()}
     if RANK:
         return                      # rank 0 alone measures and writes
     model = MobileMoE(config).to(device)        # in one piece
@@ -374,7 +395,7 @@ def run_stage(name: str, args, prepared: dict, device: torch.device) -> None:
     model = attach(model) if stage.int4 else model
     heldout = {"context": stage.context, "heldout": prepared["heldout"]}
     row["bits_per_byte"] = heldout_bits_per_byte(model, heldout)
-    row["sample"] = sample(model, prepared, chat="chat" in stage.mixture)
+    row["sample"] = sample(model, prepared, "chat" in stage.mixture, stage.context)
     history.append(row)
     if name == "sft":               # rounded without having been trained for it (PTQ): what QAT has to beat
         model.compute_dtype = torch.float32
@@ -394,16 +415,23 @@ def run_stage(name: str, args, prepared: dict, device: torch.device) -> None:
     print(row["sample"], flush=True)
 
 
-def sample(model: MobileMoE, prepared: dict, chat: bool) -> str:
+def sample(model: MobileMoE, prepared: dict, chat: bool, context: int) -> str:
     """What the model says to held-out questions if it chats, after openings of held-out text if not."""
     encoding = tokenizer_from_dict(prepared["tokenizer"])
     lines = []
     with parametrize.cached():      # round INT4 weights once, not at every token
         for text in prepared["questions" if chat else "openings"]:
+            text = beginning(text, encoding, context)
             said = generate(model, encode_prompt(encoding, text, chat), 96, temperature=0.5,
                             stop=stop_tokens(encoding, model.config.vocab_size))
             lines.append((f"Q: {text}\nA: " if chat else text) + encoding.decode(list(said)))
     return "\n".join(lines)
+
+
+def beginning(text: str, encoding, context: int) -> str:
+    """As much of a text as leaves room in the context for an answer; where that is not all, it says so."""
+    ids = encode(encoding, text).tolist()
+    return text if len(ids) <= context // 3 else encoding.decode(ids[:context // 3]) + " [shortened]"
 
 # ----------------------------------------------------------------------------------------------------------
 # Report
@@ -416,10 +444,11 @@ def export_and_report(run: Path, minutes: float):
     answers comes from the file that a phone would get, not from PyTorch.
     """
     gguf = run / "mobilemoe.gguf"
-    exported = export_checkpoint(run / "qat.pt", gguf)
-    checkpoint = load_checkpoint(run / "qat.pt")
+    exported = export_checkpoint(run / f"{STAGES[-1]}.pt", gguf)
+    checkpoint = load_checkpoint(run / f"{STAGES[-1]}.pt")
     history = checkpoint["history"]
-    questions = checkpoint["questions"]
+    encoding = tokenizer_from_dict(checkpoint["tokenizer"])
+    questions = [beginning(text, encoding, checkpoint["context"]) for text in checkpoint["questions"]]
     chats = [[dict(role="user", content=question)] for question in questions]
     try:
         answers = ask_llama_cpp(gguf, chats=chats)["answers"]
@@ -446,7 +475,10 @@ def export_and_report(run: Path, minutes: float):
 def draw_report(run: Path, stages: list[str]):
     """report.png: training loss, held-out bits per byte and expert load over the steps of all stages."""
     figure, [axes] = new_figure(1, 3, (15, 4.5))
-    records = [json.loads(line) for line in open(run / "log.jsonl")]
+    records = []
+    for line in open(run / "log.jsonl"):
+        with contextlib.suppress(ValueError):       # a killed run may have left half a line
+            records.append(json.loads(line))
     start = 0
     for stage in stages:
         # By step, once each: a run that was resumed has logged some steps twice.
@@ -484,9 +516,31 @@ def read_arguments():
     args = parser.parse_args()
     if args.tokens and args.stage == "all":
         raise UserError("--tokens wants a single stage: name it first")
+    if not args.device.startswith(("cpu", "cuda")):
+        raise UserError(f"--device {args.device}: the expert layer is written for cpu and cuda, choose one")
+    missing = {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - set(os.environ)
+    if WORLD > 1 and missing:
+        raise UserError(f"WORLD_SIZE is set, {', '.join(sorted(missing))} not: start the script by torchrun")
     args.run = args.run or Path("runs") / (Path(args.config).stem if args.config else args.preset)
     args.config = config_from_dict(read_json(args.config)) if args.config else PRESETS[args.preset]
     return args
+
+
+def finished_stages(run: Path) -> list[str]:
+    """Stages whose checkpoint is there and grew out of the one before: each history continues the last one.
+
+    Where an earlier stage was trained again, or a new one put between, those after it no longer count.
+    """
+    finished = []
+    history = []
+    for name in STAGES:
+        path = run / f"{name}.pt"
+        later = load_checkpoint(path)["history"] if path.exists() else []
+        if len(later) <= len(history) or later[:len(history)] != history:
+            break
+        history = later
+        finished.append(name)
+    return finished
 
 
 def main():
@@ -494,8 +548,9 @@ def main():
     args = read_arguments()
     # What is asked for is checked before anything is read or written.
     stages = STAGES if args.stage == "all" else (args.stage,)
-    finished = [name for name in STAGES if (args.run / f"{name}.pt").exists()]
-    if args.stage == "all" and not args.resume and (finished or (args.run / "resume.pt").exists()):
+    finished = finished_stages(args.run)
+    there = [name for name in STAGES if (args.run / f"{name}.pt").exists()]
+    if args.stage == "all" and not args.resume and (there or (args.run / "resume.pt").exists()):
         raise UserError(f"{args.run} already holds a run: --resume continues it, --run FOLDER starts another")
     if args.stage in STAGES[1:]:    # its shape is that of the checkpoint it starts from, not --preset's
         before = args.run / f"{STAGES[STAGES.index(args.stage) - 1]}.pt"
@@ -516,6 +571,8 @@ def main():
     # A single stage ends with its checkpoint. The whole recipe ends with the file for the phone.
     if args.stage == "all" and RANK == 0:
         export_and_report(args.run, (time.time() - start) / 60)
+    elif stale := [name for name in there if STAGES.index(name) > STAGES.index(stages[-1])]:
+        print(f"{args.run} still holds {', '.join(stale)} of before: --resume trains them anew", flush=True)
 
 # ----------------------------------------------------------------------------------------------------------
 # Many processes, one model. torchrun starts the same script WORLD times and tells each which one it is. On
@@ -528,7 +585,7 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 def join_ranks(device: str) -> torch.device:
     """Meet the other processes -> the device of this one. Raises UserError if there is no such device."""
-    if WORLD > 1 and device == "cuda":
+    if WORLD > 1 and device.startswith("cuda"):
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         torch.empty(0, device=device)

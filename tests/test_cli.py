@@ -59,7 +59,7 @@ def test_a_run_has_one_tokenizer_and_is_not_overwritten(run_with, text_folder, r
     (["--config", "unknown.json"], "n_expert"), (["--config", "impossible.json"], "d_model = 63"),
     (["--tokens", "1000"], "--tokens"), (["pretrain", "--tokens", "nan"], "--tokens"),
     (["pretrain", "--tokens", "few"], "invalid number value: 'few'"), (["--seed", "-1"], "--seed"),
-    (["--micro-rows", "0"], "--micro-rows"), (["--device", "abacus"], "abacus"),
+    (["--micro-rows", "0"], "--micro-rows"), (["--device", "abacus"], "abacus"), (["--device", "mps"], "mps"),
     (["--tokenizer", "missing.model"], "missing.model"), (["--preset", "S"], "--tokenizer"),
     (["sft", "--run", "elsewhere"], "elsewhere/midtrain.pt"), (["--data", "none"], "none"),
     (["--data", "broken"], "a.jsonl, line 2"), (["--data", "silent"], "learn from: delete it and add ")])
@@ -75,6 +75,11 @@ def test_what_train_is_asked_for_must_exist(arguments, says, text_folder, tmp_pa
     preset = [] if {"--preset", "--config"} & set(arguments) else ["--preset", "test"]
     assert says in refused(train.main, *preset, "--data", text_folder, *arguments)
     assert not list(tmp_path.rglob("*train.pt")) and not Path("elsewhere").exists()
+
+
+def test_a_launcher_that_is_not_torchrun_is_told_what_is_missing(refused, monkeypatch):
+    monkeypatch.setattr(train, "WORLD", 2)                  # as WORLD_SIZE=2 sets it
+    assert "LOCAL_RANK, MASTER_ADDR, MASTER_PORT, RANK not: start" in refused(train.main, "--preset", "test")
 
 
 @pytest.mark.parametrize("room, name", [(10_000, "tokens.pt"), (200_000, "pretrain.pt")])

@@ -193,6 +193,39 @@ def test_shards_are_trained_on_from_the_disk_in_every_stage(prepared, text_folde
     rows = {row["stage"]: row for row in load_checkpoint(run / "qat.pt")["history"]}
     assert set(train.STAGES) < set(rows) and rows["pretrain"]["loss"] < math.log(TEST.vocab_size) - 0.5
 
+
+
+def test_shards_may_move_with_the_run_or_be_given_again(finished_run, text_folder, tmp_path, call, refused):
+    (tmp_path / "ranks").write_text(load_dict(finished_run / "tokens.pt")["tokenizer"]["ranks"])
+    data.tokenize_files([text_folder / "prose.txt"], "prose", tmp_path / "old/shards", tmp_path / "ranks")
+    start = [train.main, "pretrain", "--preset", "test", "--run"]
+    assert call(*start, tmp_path / "old/run", "--data", f"{tmp_path}/old/shards/")[0] == 0
+    (tmp_path / "old").rename(tmp_path / "new")
+    assert call(*start, tmp_path / "new/run")[0] == 0
+    (tmp_path / "new/shards").rename(tmp_path / "alone")
+    assert "mobilemoe.tiktoken" in refused(*start, tmp_path / "new/run")
+    assert call(*start, tmp_path / "new/run", "--data", tmp_path / "alone")[0] == 0
+
+
+def test_stages_after_one_that_was_trained_again_do_not_count(finished_run, run_with, call):
+    run = run_with("tokens", *train.STAGES)
+    assert train.finished_stages(run) == list(train.STAGES)
+    code, out, _ = call(train.main, "midtrain", "--run", run, "--seed", 1)
+    assert code == 0 and "still holds sft, qat of before: --resume" in out
+    assert train.finished_stages(run) == ["pretrain", "midtrain"]
+    with open(run / "log.jsonl", "a") as log:
+        log.write('{"stage": "sft", "st')                   # killed while writing
+    assert call(train.main, "--preset", "test", "--run", run, "--resume")[0] == 0
+    assert train.finished_stages(run) == list(train.STAGES) and (run / "report.png").exists()
+    assert not same_weights(*(load_checkpoint(folder / "qat.pt")["model"] for folder in (run, finished_run)))
+
+
+def test_a_long_question_is_shortened_and_that_is_said(finished_run):
+    encoding = train.tokenizer_from_dict(load_checkpoint(finished_run / "qat.pt")["tokenizer"])
+    assert train.beginning("What?", encoding, 128) == "What?"
+    short = train.beginning("\0 wide world 👍" * 10_000, encoding, 128)
+    assert short.endswith(" [shortened]") and len(encoding.encode(short)) < 70
+
 # ----------------------------------------------------------------------------------------------------------
 # One step
 
