@@ -11,7 +11,6 @@ Sources: MobileMoE (arXiv 2605.27358) for the domains; the rest is this project'
 import ast
 import hashlib
 import inspect
-import itertools
 import os
 import random
 import re
@@ -22,6 +21,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
+import skills
 
 # Domains stay apart to the last batch: each stage mixes them by weight, first broadly, then with more code
 # and maths, as the paper does.
@@ -213,80 +214,24 @@ def language_reference() -> list[str]:
             for piece in split_text(topics[topic], "\n\n", 2000)]
 
 # ----------------------------------------------------------------------------------------------------------
-# Maths with worked steps, and questions. Every answer is read off the source or computed; none is invented
-
-# ("14 + 5 - 7", "A shop had 14 cards, ...?", "14 + 5 = 19, 19 - 7 = 12", "12")
-Problem = namedtuple("Problem", "sum question steps answer")
-STORIES = {
-    "++": ("{name} has {a} {things}, finds {b} and gets {c} more. How many {things} does {name} have now?",
-           "There are {a} {things} here, {b} next door and {c} upstairs. How many are there?"),
-    "+-": ("{name} has {a} {things}, gets {b} more and gives away {c}. How many {things} are left?",
-           "A shop had {a} {things}, bought {b} and sold {c}. How many {things} remain?"),
-    "-+": ("{name} has {a} {things}, gives away {b} and gets {c} more. How many {things} does {name} have "
-           "now?",
-           "A shop had {a} {things}, sold {b} and bought {c}. How many {things} are there?"),
-    "--": ("{name} has {a} {things}, loses {b} and gives away {c}. How many {things} are left?",
-           "A shop had {a} {things} and sold {b} and then {c}. How many {things} remain?"),
-}
-NAMES = "Ada Ben Chen Dina Emil Fatima Grace Hugo Ines Jun".split()
-THINGS = "apples books coins stamps pencils marbles cards shells tickets buttons".split()
+# All of it
 
 
-def make_problems(rng: random.Random) -> list[Problem]:
-    """Sums of two steps, as they are and as a story: a number to 20, two from 2 to 9, no result beyond 20.
-
-    Some 230 steps make thousands of sums. So even a model of 3M active parameters can know the steps by heart
-    after minutes, and show on sums it never saw that it can put two of them together.
-    """
-    problems = []
-    for first, second, a, b, c in itertools.product("+-", "+-", range(2, 21), range(2, 10), range(2, 10)):
-        middle = a + b if first == "+" else a - b
-        answer = middle + c if second == "+" else middle - c
-        if 1 <= min(middle, answer) and max(middle, answer) <= 20:
-            numbers = f"{a} {first} {b} {second} {c}"
-            steps = f"{a} {first} {b} = {middle}, {middle} {second} {c} = {answer}"
-            story = rng.choice(STORIES[first + second])
-            story = story.format(a=a, b=b, c=c, name=rng.choice(NAMES), things=rng.choice(THINGS))
-            for text in (f"What is {numbers}?", story):
-                problems.append(Problem(numbers, text, steps, str(answer)))
-    return problems
-
-
-PHRASINGS = {
-    "summary": ("What does `{name}` do?", "What is `{name}` for?", "Explain `{name}` in one sentence.",
-                "Summarise `{name}`."),
-    "signature": ("What is the signature of `{name}`?", "Which arguments does `{name}` take?",
-                  "How do I call `{name}`?"),
-    "module": ("Which module holds `{short}`?", "Where is `{short}` defined?",
-               "In which module can I find `{short}`?"),
-}
-
-
-def questions(documented: list[Documented], problems: list[Problem], rng: random.Random) -> Iterator[tuple]:
-    """(key, kind, question, reply, answer): the key decides what is held out, a quiz compares the answer."""
-    bearers = Counter(thing.name.removeprefix(f"{thing.module}.") for thing in documented)
+def quiz(documented: Iterable[Documented]) -> Iterator[skills.Item]:
+    """What do held-out functions do? Nobody is taught that: lab/evaluate.py offers four answers."""
     for thing in documented:
-        if re.search(r"(^|\.)_", thing.name) or thing.name == thing.module:     # private, or a module
-            continue
-        short = thing.name.removeprefix(f"{thing.module}.")
-        ask = {kind: rng.choice(forms).format(name=thing.name, short=short)
-               for kind, forms in PHRASINGS.items()}
-        summary, call = " ".join(thing.text.split("\n\n")[0].split()), thing.name + thing.signature
-        if re.fullmatch(r"[A-Z].{20,200}\.", summary):
-            yield thing.text, "summary", ask["summary"], summary, summary
-        if 2 < len(thing.signature) <= 120:
-            yield thing.text, "signature", ask["signature"], f"`{call}`", call
-        if bearers[short] == 1:                 # else the question has several answers
-            reply = f"`{short}` is in the module `{thing.module}`."
-            yield thing.text, "module", ask["module"], reply, thing.module
-    for problem in problems:
-        reply = f"{problem.steps}. The answer is {problem.answer}."
-        yield problem.sum, "arithmetic", problem.question, reply, problem.answer
+        summary = " ".join(thing.text.split("\n\n")[0].split())
+        is_public = not re.search(r"(^|\.)_", thing.name) and thing.name != thing.module
+        if is_public and re.fullmatch(r"[A-Z].{20,200}\.", summary):
+            yield skills.Item("quiz", thing.text, f"What does {thing.name} do?", summary)
 
 
-# At most so many conversations of a kind are trained on. Of names there are far more, and would crowd out
-# sums.
-EXAMPLES_PER_KIND = 2_000
+def conversation(items: Iterable[skills.Item]) -> dict:
+    """Questions and their answers as one conversation, named after the first."""
+    items = list(items)
+    said = [(("user", item.question), ("assistant", item.reply)) for item in items]
+    messages = [{"role": role, "content": content} for turn in said for role, content in turn]
+    return {"kind": items[0].kind, "messages": messages, "answer": items[-1].reply}
 
 
 def embedded_corpus() -> Corpus:
@@ -301,32 +246,36 @@ def embedded_corpus() -> Corpus:
         if len(words_of(thing.text)) >= MIN_WORDS and thing.name not in names:
             documented.setdefault(thing.text, thing)
             names.add(thing.name)
-    leaks = LeakCheck(filter(held_out, documented))
+    # What the encyclopaedia teaches is not held out.
+    unseen = {text for text in documented if held_out(text)} - set(skills.docstrings().values())
+    leaks = LeakCheck(unseen)
 
     # The name comes first so that the model learns "name -> description": that is what a reader will ask.
     prose = {text: f"{thing.name}{thing.signature}\n\n{text}\n" for text, thing in documented.items()}
-    documents = {"prose": prose, "code": {text: text for text in code},
-                 "knowledge": {text: text for text in language_reference()}}
-    for domain, texts in documents.items():
-        corpus.heldout[domain] = [document for text, document in texts.items() if held_out(text)]
-        corpus.train[domain] = [document for text, document in texts.items()
-                                if not held_out(text) and not leaks(document)]
-    problems = make_problems(rng)
-    rng.shuffle(problems)
-    for unseen, part in ((False, corpus.train), (True, corpus.heldout)):
-        lines = [f"Problem: {problem.question}\nWorking: {problem.steps}\nAnswer: {problem.answer}\n"
-                 for problem in problems if held_out(problem.sum) == unseen]
+    others = {"code": code, "knowledge": language_reference()}
+    corpus.heldout["prose"] = [prose[text] for text in prose if text in unseen]
+    corpus.train["prose"] = [document for text, document in prose.items()
+                             if text not in unseen and not leaks(document)]
+    for domain, texts in others.items():
+        corpus.heldout[domain] = [text for text in texts if held_out(text)]
+        corpus.train[domain] = [text for text in texts if not held_out(text) and not leaks(text)]
+    # Skills twice: as text of the domain maths, and some of each kind as conversations.
+    taught, tested = skills.skill_items(rng, held_out)
+    for items, part in ((taught, corpus.train), (tested, corpus.heldout)):
+        rng.shuffle(items)
+        lines = [f"Question: {item.question}\nAnswer: {item.reply}\n" for item in items]
         part["maths"] = ["\n".join(lines[i:i + 8]) for i in range(0, len(lines), 8)]
-
-    asked = list(questions(list(documented.values()), problems, rng))
-    rng.shuffle(asked)
-    room = Counter(dict.fromkeys([*PHRASINGS, "arithmetic"], EXAMPLES_PER_KIND))
-    for key, kind, question, reply, answer in asked:
-        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
-        pair = {"kind": kind, "messages": messages, "answer": answer}
-        if held_out(key):
-            corpus.sft_heldout.append(pair)
-        elif room[kind] and not leaks(reply):
-            room[kind] -= 1
-            corpus.sft_train.append(pair)
+    known, asked = skills.known_items(rng, held_out)
+    room = Counter({item.kind: skills.EACH for item in taught})
+    for item in taught:
+        if room[item.kind] > 0:
+            room[item.kind] -= 1
+            known.append(item)
+    rng.shuffle(known)
+    while known:                    # people ask a second question: so one in four conversations goes on
+        turns = rng.choice((1, 1, 1, 2))
+        corpus.sft_train.append(conversation(known[-turns:]))
+        del known[-turns:]
+    tested += [*asked, *quiz(thing for text, thing in documented.items() if text in unseen)]
+    corpus.sft_heldout = [conversation([item]) for item in tested]
     return corpus

@@ -37,6 +37,7 @@ from common import (Parser, Progress, UserError, atomic_write, chat_parts, encod
                     run_main)
 from corpus import DOMAINS, Corpus, embedded_corpus
 from mobilemoe import PRESETS
+from skills import SHOWN
 
 # ----------------------------------------------------------------------------------------------------------
 # The reader's own text: one reader for --data and for `tokenize`
@@ -539,8 +540,9 @@ def prepare(folder: str | None, tokenizer_file: str | None, vocab_size: int) -> 
 
     {"shards": the folder if the training text stays on the disk, else "", "tokenizer", "train": {domain:
     ids}, "heldout": {domain: {"ids" int32, "bytes"}}, "xz": {domain: bits per byte}, "chat": {"ids" int32,
-    "mask" bool, "lengths" int64}, "sft_heldout": JSON, "questions": one of each kind of those, "openings": of
-    three held-out documents, "glance": (ids, bytes) of a little held-out text from all over the first domain}
+    "mask" bool, "lengths" int64}, "sft_heldout": JSON, "questions": a few of those as [text, kind, answer],
+    "openings": of three held-out documents, "glance": (ids, bytes) of a little held-out text from all over
+    the first domain}
     Without a folder it takes the embedded corpus, without a tokenizer file it learns one. Raises UserError.
     """
     shards = str(folder) if folder and is_sharded(folder) else ""
@@ -573,8 +575,10 @@ def prepare(folder: str | None, tokenizer_file: str | None, vocab_size: int) -> 
     begin = encoding.encode_single_token("<|begin_of_text|>")           # no text can forge one
     starts = np.flatnonzero(ids == begin)
     chat = {"ids": ids, "mask": chat >> 31 == 1, "lengths": np.diff(starts, append=len(ids))}
-    asked = {example["kind"]: example["messages"] for example in reversed(corpus.sft_heldout)}
-    users = [[m["content"] for m in messages if m["role"] == "user"] for messages in asked.values()]
+    first = {example["kind"]: example for example in reversed(corpus.sft_heldout)}
+    shown = [first[kind] for kind in ("chat", *SHOWN) if kind in first]
+    questions = [[next(m["content"] for m in example["messages"] if m["role"] == "user"), example["kind"],
+                  example["answer"]] for example in shown]
     glance = ()
     openings = []
     for domain in list(heldout)[:1]:
@@ -588,7 +592,7 @@ def prepare(folder: str | None, tokenizer_file: str | None, vocab_size: int) -> 
     prepared = {"shards": shards, "tokenizer": tokenizer_to_dict(encoding), "train": train,
                 "heldout": heldout, "xz": xz, "chat": {key: torch.from_numpy(x) for key, x in chat.items()},
                 "sft_heldout": json.dumps(corpus.sft_heldout), "openings": openings, "glance": glance,
-                "questions": [texts[0] for texts in users if texts]}
+                "questions": questions}
     tokens = {domain: len(stream) for domain, stream in text_streams(prepared).items()}
     print(f"data: tokens: {counted(tokens)} | conversations: {len(starts):,} | {corpus.source}", flush=True)
     return prepared

@@ -44,6 +44,7 @@ from mobilemoe import (PRESETS, Config, MobileMoE, bits_per_byte, config_from_di
                        model_from_checkpoint)
 from muon import Muon, whole
 from quantize import attach, heldout_bits_per_byte, master_state_dict
+from skills import is_right
 
 # ----------------------------------------------------------------------------------------------------------
 # The table: what each stage does
@@ -84,7 +85,7 @@ PAPER = {   #        tokens  context  batch    peak  decay     final  capacity  
 TINY = {
     "pretrain": Stage(2.45e6,    256,  4096,   0.02, "cosine",   0.3,     1.5,  1e-2, DOCS),
     "midtrain": Stage(0.95e6,    512,  4096,  0.006, "linear",   0.0,     1.5,  1e-2, DOCS_FOCUS),
-    "sft":      Stage(0.35e6,    512,  2048, 0.0035, "cosine",   0.0,    None,     0, CHAT),
+    "sft":      Stage(1.00e6,    512,  2048, 0.0035, "cosine",   0.0,    None,     0, CHAT),
     "qat":      Stage(0.15e6,    512,  4096,  0.002, "cosine",   0.0,    None,     0, REPLAY, True)}
 STAGES = tuple(TINY)        # in this order: each starts from the checkpoint of the one before. (A new stage
                             # needs a row in both tables.)
@@ -150,13 +151,15 @@ def optimizers(model: MobileMoE, stages: dict[str, Stage]) -> list[torch.optim.O
     kinds = collections.defaultdict(list)
     for name, p in model.named_parameters():
         kind = ("norms" if p.dim() < 2 else "embedding" if "embed_tokens" in name else
-                "router" if "router" in name else "gate_up" if "gate_up_proj" in name else "matrices")
+                "router" if "router" in name else "matrices" if p.dim() == 2 else
+                "gate_up" if "gate_up_proj" in name else "down")
         kinds[kind].append(p)
     paper = stages is PAPER
     muon = []
     if not paper:                   # gate and up are two matrices side by side in one tensor
-        muon = [dict(params=kinds.pop(kind), side_by_side=n, share=1.0)
-                for kind, n in (("matrices", 1), ("gate_up", 2)) if kind in kinds]
+        rows = (("matrices", 1, 1), ("gate_up", 2, 4), ("down", 1, 4))
+        muon = [dict(params=kinds.pop(kind), side_by_side=n, every=every, share=float(every))
+                for kind, n, every in rows if kind in kinds]
     decay = 0.1 if paper else 0.01
     rest = [dict(params=params, share=1.0 if paper else SHARES[kind], weight_decay=decay * (kind != "norms"))
             for kind, params in kinds.items()]
@@ -420,7 +423,8 @@ def sample(model: MobileMoE, prepared: dict, chat: bool, context: int) -> str:
     encoding = tokenizer_from_dict(prepared["tokenizer"])
     lines = []
     with parametrize.cached():      # round INT4 weights once, not at every token
-        for text in prepared["questions" if chat else "openings"]:
+        texts = [text for text, *_ in prepared["questions"]] if chat else prepared["openings"]
+        for text in texts:
             text = beginning(text, encoding, context)
             said = generate(model, encode_prompt(encoding, text, chat), 96, temperature=0.5,
                             stop=stop_tokens(encoding, model.config.vocab_size))
@@ -448,12 +452,15 @@ def export_and_report(run: Path, minutes: float):
     checkpoint = load_checkpoint(run / f"{STAGES[-1]}.pt")
     history = checkpoint["history"]
     encoding = tokenizer_from_dict(checkpoint["tokenizer"])
-    questions = [beginning(text, encoding, checkpoint["context"]) for text in checkpoint["questions"]]
+    texts, kinds, expected = zip(*checkpoint["questions"])
+    questions = [beginning(text, encoding, checkpoint["context"]) for text in texts]
     chats = [[dict(role="user", content=question)] for question in questions]
     try:
         answers = ask_llama_cpp(gguf, chats=chats)["answers"]
     except UserError as error:      # the report does not wait for a wheel
         answers = [f"({error})"] * len(questions)
+    marks = ["" if kind == "chat" else "  [right]" if is_right(reply, answer) else f"  [wrong: {reply}]"
+             for kind, reply, answer in zip(kinds, expected, answers)]
     heads = ["stage", "tokens", "seconds", "tokens/s", "load", "dropped"]
     rows = [[row.get(head, "") for head in heads] + [f"{bits:.3f}" for bits in row["bits_per_byte"].values()]
             for row in history]
@@ -461,7 +468,7 @@ def export_and_report(run: Path, minutes: float):
              markdown_table(heads + list(checkpoint["heldout"]), rows),
              "Right: held-out bits per byte. Load: the busiest expert of the worst layer against the mean.",
              "The exported file, and what llama.cpp answers from it to held-out questions:",
-             "\n".join(["```", exported, *map("Q: {}\nA: {}".format, questions, answers), "```"])]
+             "\n".join(["```", exported, *map("Q: {}\nA: {}{}".format, questions, answers, marks), "```"])]
     for row in history:
         if "sample" in row:
             parts.append(f"A sample after {row['stage']}:\n\n```\n{row['sample']}\n```")

@@ -358,7 +358,7 @@ def test_muon_takes_gate_and_up_as_two_matrices_and_scales_experts_by_d_model():
 
     def stepped(part, grad, side_by_side, d_model=32):
         p = torch.nn.Parameter(part.clone())
-        opt = Muon([dict(params=[p], side_by_side=side_by_side, lr=0.1)], d_model)
+        opt = Muon([dict(params=[p], side_by_side=side_by_side, every=1, lr=0.1)], d_model)
         p.grad = grad.clone()
         opt.step()
         return p.detach()
@@ -367,6 +367,20 @@ def test_muon_takes_gate_and_up_as_two_matrices_and_scales_experts_by_d_model():
     torch.testing.assert_close(both, torch.cat(halves, dim=-1), rtol=1e-3, atol=1e-3)
     moved, further = (stepped(start, gradient, 2, d) - start for d in (32, 8))
     torch.testing.assert_close(further, 2 * moved, rtol=1e-3, atol=1e-5)    # sqrt(32 / 8)
+
+
+def test_muon_moves_experts_every_fourth_batch_by_all_they_have_seen():
+    gradients = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    p = torch.nn.Parameter(torch.zeros(3, 32, 32))
+    opt = Muon([dict(params=[p], side_by_side=1, every=4, lr=0.1)], 32)
+    momentum = torch.zeros(3, 32, 32)
+    for batch, gradient in enumerate(gradients, 1):
+        before = p.detach().clone()
+        p.grad = gradient.clone()
+        opt.step()
+        momentum.lerp_(gradient, 0.05)
+        moved = orthogonal(gradient.lerp(momentum, 0.95)) * 0.1 if batch % 4 == 0 else torch.zeros(3, 32, 32)
+        torch.testing.assert_close(before - p.detach(), moved, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dense", [{}, DENSE], ids=["moe", "dense"])
