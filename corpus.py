@@ -246,19 +246,16 @@ def embedded_corpus() -> Corpus:
         if len(words_of(thing.text)) >= MIN_WORDS and thing.name not in names:
             documented.setdefault(thing.text, thing)
             names.add(thing.name)
-    # What the encyclopaedia teaches is not held out.
-    unseen = {text for text in documented if held_out(text)} - set(skills.docstrings().values())
-    leaks = LeakCheck(unseen)
+    leaks = LeakCheck(filter(held_out, documented))
 
     # The name comes first so that the model learns "name -> description": that is what a reader will ask.
     prose = {text: f"{thing.name}{thing.signature}\n\n{text}\n" for text, thing in documented.items()}
-    others = {"code": code, "knowledge": language_reference()}
-    corpus.heldout["prose"] = [prose[text] for text in prose if text in unseen]
-    corpus.train["prose"] = [document for text, document in prose.items()
-                             if text not in unseen and not leaks(document)]
-    for domain, texts in others.items():
-        corpus.heldout[domain] = [text for text in texts if held_out(text)]
-        corpus.train[domain] = [text for text in texts if not held_out(text) and not leaks(text)]
+    documents = {"prose": prose, "code": {text: text for text in code},
+                 "knowledge": {text: text for text in language_reference()}}
+    for domain, texts in documents.items():
+        corpus.heldout[domain] = [document for text, document in texts.items() if held_out(text)]
+        corpus.train[domain] = [document for text, document in texts.items()
+                                if not held_out(text) and not leaks(document)]
     # Skills twice: as text of the domain maths, and some of each kind as conversations.
     taught, tested = skills.skill_items(rng, held_out)
     for items, part in ((taught, corpus.train), (tested, corpus.heldout)):
@@ -276,6 +273,6 @@ def embedded_corpus() -> Corpus:
         turns = rng.choice((1, 1, 1, 2))
         corpus.sft_train.append(conversation(known[-turns:]))
         del known[-turns:]
-    tested += [*asked, *quiz(thing for text, thing in documented.items() if text in unseen)]
+    tested += [*asked, *quiz(thing for text, thing in documented.items() if held_out(text))]
     corpus.sft_heldout = [conversation([item]) for item in tested]
     return corpus

@@ -15,7 +15,7 @@ What it is not: it knows nothing of quantisation (quantize.py attaches that from
 or of training (train.py). kernels.py has three functions of PyTorch, written again to be faster, and
 through_experts, which computes what loop_over_experts below defines. Run this file to talk to a checkpoint:
 
-    python mobilemoe.py runs/tiny/sft.pt "What does textwrap.dedent do?"
+    python mobilemoe.py runs/tiny/sft.pt "What does textwrap.dedent do?"    (no question: a chat)
 
 Shapes use one alphabet everywhere:
     B batch   T tokens   N = B*T tokens laid flat   D d_model   V vocabulary   H query heads
@@ -31,8 +31,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import (Parser, UserError, encode_prompt, load_checkpoint, number, run_main, stop_tokens,
-                    tokenizer_from_dict)
+from common import (Parser, UserError, encode_chat, encode_prompt, load_checkpoint, number, run_main,
+                    stop_tokens, tokenizer_from_dict)
 from kernels import causal_attention, linear_cross_entropy, rms_norm, through_experts
 
 # ----------------------------------------------------------------------------------------------------------
@@ -511,26 +511,54 @@ def model_from_checkpoint(checkpoint: dict) -> MobileMoE:
     return model.eval()
 
 
+def say(model: MobileMoE, encoding, prompt: list[int], args) -> str:
+    """Print how the model goes on as it comes, and return it."""
+    said = []
+    for token in generate(model, prompt, args.tokens, temperature=args.temperature, seed=args.seed,
+                          stop=stop_tokens(encoding, model.config.vocab_size)):
+        # Raw bytes: a token may end in the middle of a character.
+        sys.stdout.buffer.write(encoding.decode_single_token_bytes(token))
+        sys.stdout.buffer.flush()
+        said.append(token)
+    print(flush=True)
+    return encoding.decode(said)
+
+
+def talk(model: MobileMoE, encoding, args) -> None:
+    """A chat over several turns. What no longer fits into the context is forgotten, the oldest turn first."""
+    print("An empty line or Ctrl-D ends the chat.", flush=True)
+    messages = []
+    while True:
+        print("> ", end="", flush=True)
+        if not (question := sys.stdin.readline().strip()):
+            return
+        messages.append({"role": "user", "content": question})
+        while len(prompt := encode_chat(encoding, messages, reply=True)) > model.config.max_context - 64:
+            if len(messages) == 1:
+                break               # one long question is read all the same
+            del messages[:2]
+        messages.append({"role": "assistant", "content": say(model, encoding, prompt, args)})
+
+
 def main():
     parser = Parser(description="Talk to a checkpoint.")
     parser.add_argument("checkpoint", help="a .pt file that train.py wrote")
-    parser.add_argument("prompt", help="a question (sft, qat) or text to continue (earlier stages)")
+    parser.add_argument("prompt", nargs="?", help="a question (sft, qat; without one, a chat over several "
+                        "turns) or text to continue (earlier stages)")
     parser.add_argument("--tokens", type=number(int, 0), default=128, help="at most so many (%(default)s)")
-    parser.add_argument("--temperature", type=number(float, 0), default=0.7, help="0 is greedy (%(default)s)")
+    parser.add_argument("--temperature", type=number(float, 0), default=0.3, help="0 is greedy (%(default)s)")
     parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0)
     args = parser.parse_args()
     checkpoint = load_checkpoint(args.checkpoint)
     model = model_from_checkpoint(checkpoint)
     encoding = tokenizer_from_dict(checkpoint["tokenizer"])
     chat = checkpoint["stage"] in ("sft", "qat")
-    prompt = encode_prompt(encoding, args.prompt, chat)
+    if args.prompt is None and not chat:
+        raise UserError(f"{args.checkpoint} has not learned to chat: give it a text to continue")
+    if args.prompt is None:
+        return talk(model, encoding, args)
     print("" if chat else args.prompt, end="", flush=True)
-    for token in generate(model, prompt, args.tokens, temperature=args.temperature, seed=args.seed,
-                          stop=stop_tokens(encoding, model.config.vocab_size)):
-        # Raw bytes: a token may end in the middle of a character.
-        sys.stdout.buffer.write(encoding.decode_single_token_bytes(token))
-        sys.stdout.buffer.flush()
-    print()
+    say(model, encoding, encode_prompt(encoding, args.prompt, chat), args)
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ from collections.abc import Iterator
 # `key` decides what is held out; an item without one is taught in any case.
 Item = namedtuple("Item", "kind key question reply")
 
-REPEATS = 8     # of every fact and greeting in one epoch of conversations, over all trained phrasings
-EACH = 1500     # conversations about each skill in one epoch: some could make tens of thousands
+REPEATS = 16    # of every fact and greeting in one epoch of conversations, over all trained phrasings
+EACH = 1200     # conversations about each skill in one epoch: some could make tens of thousands
 SHOWN = ("sum of two", "sum of three", "comparison", "sort", "weekday", "summary of", "unknown", "manners")
 
 # ----------------------------------------------------------------------------------------------------------
@@ -47,12 +47,13 @@ PHRASINGS = {
              "Add {n} minutes to {x}.",
     "units": "How many {small} are {n} {large}? | How many {small} are in {n} {large}? | "
              "Convert {n} {large} to {small}. | What is {n} {large} in {small}?",
-    "summary of": "What does {x} do? | What is {x}? | What is `{x}` for? | Explain {x}. | Describe {x}. | "
-                  "What does `{x}` do? | Tell me what {x} does.",
-    "signature of": "What is the signature of {x}? | Which arguments does {x} take? | How do I call `{x}`? | "
-                    "Show me the parameters of {x}.",
+    "summary of": "What does {x} do? | What is {x}? | What is `{x}` for? | Explain {x}. | "
+                  "Tell me about {x}. | What does `{x}` do? | Explain what {x} does.",
+    "signature of": "What is the signature of {x}? | Which arguments does {x} take? | "
+                    "How do I call `{x}`? | What are the parameters of {x}? | Show the arguments of {x}. | "
+                    "Show the signature of {x}.",
     "module of": "Which module holds {x}? | Where is {x} defined? | Which module is `{x}` in? | "
-                 "In which module can I find {x}?",
+                 "From which module is {x}? | What module has {x}? | In which module is {x}?",
 }
 STORIES = ("{name} has {a} {things}, then {moves}. How many {things} does {name} have now? | "
            "{name} had {a} {things} and {moves}. How many {things} are left? | "
@@ -127,15 +128,15 @@ def steps_of(numbers: list[int], signs: str) -> tuple[str, list[int]]:
 
 
 def sums(rng: random.Random) -> Iterator[tuple]:
-    """Three numbers, up to 20, or two, up to 99, of which the second is taken in two steps: tens, then ones.
+    """Three numbers, up to 20, or two, up to 40, of which a large second is taken in steps: tens, then ones.
 
     There are few enough such steps to know them by heart. So new sums show whether a model can chain them.
-    Small sums of two are a step themselves, and are always taught.
+    Sums of two with one step are themselves a step, and always taught.
     """
-    cases = [("sum of two", [a, b], [a, b], sign, 20)
-             for sign, a, b in itertools.product("+-", range(2, 21), range(2, 10))]
-    cases += [("sum of two", [a, b], [a, b // 10 * 10, b % 10], 2 * sign, 99)
-              for sign, a, b in itertools.product("+-", range(11, 100), range(11, 90)) if a % 10 and b % 10]
+    cases = [("sum of two", [a, b], [a, b], sign, 40)
+             for sign, a, b in itertools.product("+-", range(1, 40), range(1, 11))]
+    cases += [("sum of two", [a, b], [a, b // 10 * 10, b % 10], 2 * sign, 40)
+              for sign, a, b in itertools.product("+-", range(1, 41), range(11, 40)) if b % 10]
     cases += [("sum of three", [a, b, c], [a, b, c], first + second, 20) for first, second, a, b, c in
               itertools.product("+-", "+-", range(2, 21), range(2, 10), range(2, 10))]
     for kind, numbers, parts, signs, limit in cases:
@@ -152,7 +153,7 @@ def sums(rng: random.Random) -> Iterator[tuple]:
 
 
 def comparisons(rng: random.Random) -> Iterator[tuple]:
-    for a, b in itertools.permutations(range(1, 100), 2):
+    for a, b in itertools.permutations(range(1, 61), 2):
         more = rng.choice([*LARGER])
         answer = LARGER[more](a, b)
         steps = f"{answer} is {more} than {a + b - answer}"
@@ -162,15 +163,14 @@ def comparisons(rng: random.Random) -> Iterator[tuple]:
 
 def lists(rng: random.Random) -> Iterator[tuple]:
     """Sequences to continue, numbers to sort, words to reverse. A list in another order has the same key."""
-    for first, step in itertools.product(range(1, 60), (*range(-9, 0), *range(1, 10))):
-        *shown, answer = (first + n * step for n in range(5))
-        if answer > 0:
-            steps = steps_of([shown[-1], abs(step)], "+" if step > 0 else "-")[0]
-            yield ("sequence", PHRASINGS["sequence"], {"x": ", ".join(map(str, shown))},
-                   " ".join(map(str, sorted(shown))), steps, answer)
-    for size in rng.choices((3, 4), k=EACH):
-        numbers = rng.sample(range(1, 31), size)
-        words = rng.sample(WORDS, size)
+    for first, step in 4 * [*itertools.product(range(1, 21), range(1, 6))]:
+        *shown, answer = range(first, first + 5 * step, step)
+        yield ("sequence", PHRASINGS["sequence"], {"x": ", ".join(map(str, shown))},
+               " ".join(map(str, shown)),
+               f"{shown[-1]} - {shown[-2]} = {step}, {shown[-1]} + {step} = {answer}", answer)
+    for _ in range(EACH):
+        numbers = rng.sample(range(1, 31), 3)
+        words = rng.sample(WORDS, 3)
         yield ("sort", PHRASINGS["sort"], {"x": ", ".join(map(str, numbers))},
                " ".join(map(str, sorted(numbers))), "", ", ".join(map(str, sorted(numbers))))
         yield ("reverse", PHRASINGS["reverse"], {"x": ", ".join(words)},
@@ -191,20 +191,19 @@ def letters(rng: random.Random) -> Iterator[tuple]:
 def times(rng: random.Random) -> Iterator[tuple]:
     """Days of the week, and the clock."""
     ways = (("after", 1), ("before", -1))
-    for day, n, (way, sign) in 4 * [*itertools.product(range(7), range(2, 15), ways)]:
-        walk = [DAYS[(day + sign * step) % 7] for step in range(1, n + 1)]
+    for day, n, (way, sign) in 4 * [*itertools.product(range(7), range(2, 8), ways)]:
+        walk = [f"{step} {DAYS[(day + sign * step) % 7]}" for step in range(1, n + 1)]
         yield ("weekday", PHRASINGS["weekday"], {"n": n, "way": way, "x": DAYS[day]},
-               f"{n} {way} {DAYS[day]}", ", ".join(walk), walk[-1])
+               f"{n} {way} {DAYS[day]}", ", ".join(walk), walk[-1].split()[1])
     for hour, minute, n in itertools.product(range(1, 13), range(0, 60, 5), range(5, 60, 5)):
-        left = 60 - minute
-        after = f"{hour % 12 + 1}:{n - left:02d}" if n >= left else f"{hour}:{minute + n:02d}"
-        steps = f"{left} minutes to {hour % 12 + 1}:00, {n - left} more" if n >= left else f"{n} more"
-        yield ("clock", PHRASINGS["clock"], {"n": n, "x": f"{hour}:{minute:02d}"},
-               f"{hour}:{minute:02d} {n}", steps, after)
+        total = minute + n
+        steps = f"{minute} and {n} are {total}" + f", less 60 is {total - 60}" * (total >= 60)
+        yield ("clock", PHRASINGS["clock"], {"n": n, "x": f"{hour}:{minute:02d}"}, f"{hour}:{minute:02d} {n}",
+               steps, f"{hour % 12 + 1 if total >= 60 else hour}:{total % 60:02d}")
 
 
 def units(rng: random.Random) -> Iterator[tuple]:
-    for (large, small, factor), n in itertools.product(UNITS, range(2, 60)):
+    for (large, small, factor), n in 4 * [*itertools.product(UNITS, range(2, 21))]:
         yield ("units", PHRASINGS["units"], {"n": n, "large": large, "small": small}, f"{n} {large}",
                f"1 {large[:-1]} is {factor} {small}, {n} x {factor} = {n * factor}", n * factor)
 
@@ -219,15 +218,16 @@ def module_of(name: str) -> str:
     return next((path for path in paths if inspect.ismodule(pydoc.locate(path))), "builtins")
 
 
-def docstrings() -> dict[str, str]:
-    """Of every name, as this version of Python has it."""
-    return {name: inspect.getdoc(pydoc.locate(name)) for name in ENCYCLOPAEDIA}
+def facts(held_out) -> Iterator[tuple[str, str, str]]:
+    """(kind, what is asked about, reply): what each name does, how to call it, which module holds it.
 
-
-def facts() -> Iterator[tuple[str, str, str]]:
-    """(kind, what is asked about, reply): what each name does, how to call it, which module holds it."""
+    A docstring that is held out from the text is not taught here either.
+    """
     shorts = [name.removeprefix(f"{module_of(name)}.") for name in ENCYCLOPAEDIA]
-    for (name, text), short in zip(docstrings().items(), shorts):
+    for name, short in zip(ENCYCLOPAEDIA, shorts):
+        text = inspect.getdoc(pydoc.locate(name))
+        if held_out(text):
+            continue
         # The docstring of a C function may begin with its signature: "max(iterable, *[, default=obj, ...".
         text = re.sub(rf"^{short}\(.*?(\n\n|\Z)", "", text, flags=re.S)
         sentence = re.match(r".*?\.(?= [A-Z]|$)", " ".join(text.split("\n\n")[0].split()))
@@ -237,7 +237,7 @@ def facts() -> Iterator[tuple[str, str, str]]:
             signature = re.sub(r"^\(self(, /)?(, )?", "(", str(inspect.signature(pydoc.locate(name))))
         except ValueError:              # some C functions have none
             signature = ""
-        if 2 < len(signature) <= 60:
+        if 2 < len(signature) <= 60 and " at 0x" not in signature:
             yield "signature of", name, f"`{name}{signature}`"
         if shorts.count(short) == 1:    # else the question has two answers
             yield "module of", short, f"`{short}` is in the module `{module_of(name)}`."
@@ -246,8 +246,8 @@ def facts() -> Iterator[tuple[str, str, str]]:
 def unknown(rng: random.Random) -> Iterator[tuple[str, str]]:
     """Invented names, in real modules and in invented ones -> (name, reply)."""
     modules = sorted({module_of(name) for name in ENCYCLOPAEDIA})
-    for _ in range(EACH):
-        stem, other = ("".join(rng.choices(SYLLABLES, k=rng.randint(2, 3))) for _ in range(2))
+    for _ in range(EACH // 2):
+        stem, other = ("".join(rng.choices(SYLLABLES, k=2)) for _ in range(2))
         name = rng.choice((stem, f"{other}.{stem}", f"{rng.choice(modules)}.{stem}"))
         yield name, f"I do not know `{name}`."
 
@@ -278,10 +278,11 @@ def skill_items(rng: random.Random, held_out) -> tuple[list[Item], list[Item]]:
 def known_items(rng: random.Random, held_out) -> tuple[list[Item], list[Item]]:
     """Facts, "I do not know" and manners, likewise."""
     taught, unseen = [], []
-    rows = [(kind, PHRASINGS[kind], {"x": about}, reply) for kind, about, reply in facts()]
+    rows = [(kind, PHRASINGS[kind], {"x": about}, reply) for kind, about, reply in facts(held_out)]
     rows += [("manners", row, {}, reply) for row, reply in MANNERS.items()]
     for kind, row, fields, reply in rows:
-        taught += [Item(kind, "", phrased(row, fields, False, rng), reply) for _ in range(REPEATS)]
+        times = REPEATS if fields else 5 * REPEATS
+        taught += [Item(kind, "", phrased(row, fields, False, rng), reply) for _ in range(times)]
         unseen.append(Item(kind, "", phrased(row, fields, True, rng), reply))
     for name, reply in unknown(rng):
         row = PHRASINGS[rng.choice(("summary of", "signature of", "module of"))]

@@ -70,10 +70,10 @@ FOCUS = dict(prose=9, maths=21, code=22, knowledge=48)
 # The embedded corpus is two thirds docstrings, and its language reference would come round too often at the
 # paper's weight. Conversations are mixed with text: a few hundred steps on questions alone make so small a
 # model forget how documentation reads.
-DOCS = dict(prose=78, maths=8, code=7, knowledge=7)
-DOCS_FOCUS = dict(prose=68, maths=13, code=8, knowledge=11)
-CHAT = dict(chat=75, prose=14.2, code=3.6, knowledge=3.6, maths=3.6)
-REPLAY = dict(chat=45, prose=35, code=8, knowledge=6, maths=6)
+DOCS = dict(prose=68, maths=18, code=7, knowledge=7)
+DOCS_FOCUS = dict(prose=58, maths=6, code=7, knowledge=9, chat=20)
+CHAT = dict(chat=80, prose=12, code=3, knowledge=3, maths=2)
+REPLAY = dict(chat=60, prose=25, code=6, knowledge=5, maths=4)
 PAPER = {   #        tokens  context  batch    peak  decay     final  capacity  bias   mixture          int4
     "pretrain": Stage( 6e12,    2048, 2**22,   4e-4, "cosine",   0.1,     1.5,  1e-3, BROAD),
     "midtrain": Stage(500e9,    8192, 2**22,   4e-5, "linear",   0.0,     1.5,  1e-3, FOCUS),
@@ -83,10 +83,10 @@ PAPER = {   #        tokens  context  batch    peak  decay     final  capacity  
 # short rows because a token there costs less; later stages see longer ones and, as in the paper, focused
 # text. The last two are dropless: no token of an answer may be lost.
 TINY = {
-    "pretrain": Stage(2.45e6,    256,  4096,   0.02, "cosine",   0.3,     1.5,  1e-2, DOCS),
-    "midtrain": Stage(0.95e6,    512,  4096,  0.006, "linear",   0.0,     1.5,  1e-2, DOCS_FOCUS),
-    "sft":      Stage(1.00e6,    512,  2048, 0.0035, "cosine",   0.0,    None,     0, CHAT),
-    "qat":      Stage(0.15e6,    512,  4096,  0.002, "cosine",   0.0,    None,     0, REPLAY, True)}
+    "pretrain": Stage(3.40e6,    256,  4096,   0.02, "cosine",   0.3,     1.5,  1e-2, DOCS),
+    "midtrain": Stage(1.40e6,    512,  4096,  0.010, "linear",   0.0,     1.5,  1e-2, DOCS_FOCUS),
+    "sft":      Stage(2.00e6,    512,  4096,  0.015, "cosine",   0.0,    None,     0, CHAT),
+    "qat":      Stage(0.20e6,    512,  4096,  0.002, "cosine",   0.0,    None,     0, REPLAY, True)}
 STAGES = tuple(TINY)        # in this order: each starts from the checkpoint of the one before. (A new stage
                             # needs a row in both tables.)
 TEST = {name: dataclasses.replace(stage, tokens=8 * 256, context=64 if name == "pretrain" else 128, batch=256)
@@ -115,12 +115,12 @@ class Batches:
 
     def __init__(self, prepared: dict, stage: Stage, seed: int):
         weights = dict(stage.mixture)
-        chat_weight = weights.pop("chat", 0)
+        lengths = prepared["chat"]["lengths"].tolist()
+        chat_weight = weights.pop("chat", 0) * bool(lengths)                # midtrain does without them
         self.share = chat_weight / (chat_weight + sum(weights.values()))
         if weights:
             self.text = data.Mixture(data.text_streams(prepared), weights, stage.context, seed)
         if chat_weight:
-            lengths = prepared["chat"]["lengths"].tolist()
             ids, mask = (prepared["chat"][key].split(lengths) for key in ("ids", "mask"))
             examples = [(i.tolist(), m.tolist()) for i, m in zip(ids, mask)]
             self.chat = data.Packed(examples, stage.context, seed, pad_id=0)
@@ -363,7 +363,7 @@ def read_resume_state(run: Path, begun: dict) -> dict | None:
     return state
 
 
-def run_stage(name: str, args, prepared: dict, device: torch.device) -> None:
+def run_stage(name: str, args, prepared: dict, batches: Batches, device: torch.device) -> None:
     """Load what the stage starts from, train, measure, sample, save."""
     # Seeded even where a checkpoint brings the weights: nothing here may depend on what ran before.
     position = STAGES.index(name)
@@ -383,8 +383,6 @@ def run_stage(name: str, args, prepared: dict, device: torch.device) -> None:
     begun = {"stage": name, "seed": args.seed, "config": dataclasses.asdict(config), "tokens": stage.tokens,
              "micro_rows": rows_at_a_time(stage, args.micro_rows), "nproc_per_node": WORLD}
     resume = read_resume_state(args.run, begun) if args.resume else None
-    # Another seed for each stage, or mid-training would begin with the windows that pre-training began with.
-    batches = Batches(prepared, stage, args.seed + position)
     row = train_stage(model.to(device), stage, batches, prepared, args.run, begun, resume,
                       args.checkpoint_activations)
     # All ranks take part in this: each holds a piece of every weight.
@@ -398,7 +396,7 @@ def run_stage(name: str, args, prepared: dict, device: torch.device) -> None:
     model = attach(model) if stage.int4 else model
     heldout = {"context": stage.context, "heldout": prepared["heldout"]}
     row["bits_per_byte"] = heldout_bits_per_byte(model, heldout)
-    row["sample"] = sample(model, prepared, "chat" in stage.mixture, stage.context)
+    row["sample"] = sample(model, prepared, batches.share > 0.4, stage.context)
     history.append(row)
     if name == "sft":               # rounded without having been trained for it (PTQ): what QAT has to beat
         model.compute_dtype = torch.float32
@@ -555,7 +553,7 @@ def main():
     args = read_arguments()
     # What is asked for is checked before anything is read or written.
     stages = STAGES if args.stage == "all" else (args.stage,)
-    finished = finished_stages(args.run)
+    finished = finished_stages(args.run) if args.stage == "all" else []
     there = [name for name in STAGES if (args.run / f"{name}.pt").exists()]
     if args.stage == "all" and not args.resume and (there or (args.run / "resume.pt").exists()):
         raise UserError(f"{args.run} already holds a run: --resume continues it, --run FOLDER starts another")
@@ -569,10 +567,13 @@ def main():
     if {"sft", "qat"} & set(stages) and not len(prepared["chat"]["lengths"]):
         raise UserError(f"{args.run / 'tokens.pt'} holds no conversations, which sft and qat learn from: "
                         'delete it and add "messages" to --data, or run `pretrain` and `midtrain` only')
-    for name in stages:
-        if not (args.stage == "all" and name in finished):
-            run_stage(name, args, prepared, device)
-            sum_over_ranks(torch.zeros(1, device=device))       # wait: the next stage reads the checkpoint
+    # All of them now, so that what cannot work is refused before hours of training. Each stage has a seed of
+    # its own, or mid-training would begin with the windows that pre-training began with.
+    batches = {name: Batches(prepared, stages_for(args.config)[name], args.seed + STAGES.index(name))
+               for name in stages if name not in finished}
+    for name in batches:
+        run_stage(name, args, prepared, batches[name], device)
+        sum_over_ranks(torch.zeros(1, device=device))       # wait: the next stage reads the checkpoint
     if WORLD > 1:
         dist.destroy_process_group()
     # A single stage ends with its checkpoint. The whole recipe ends with the file for the phone.

@@ -2,6 +2,7 @@
 
     python -m lab.bench                          d 256, 6 layers, 60 experts top-4 + shared, 8 x 512 tokens
     python -m lab.bench --preset S --batch 1 --device cuda
+    python -m lab.bench race --minutes 8         is a mixture worth its time? `tiny` against its dense twin
 
 A step is train.train_step: forward, loss, backward, clipping, optimizer, in BF16 where the hardware likes it.
 Everybody gets the same weights, the same batches, a new one in every step, and the same fused AdamW. All
@@ -12,10 +13,10 @@ models are in memory at once, with gradients and optimizers.
     dense                      the dense model of equal active size: what the mixture's bookkeeping costs
     naive loop                 this model by the definition of its expert layer, mobilemoe.loop_over_experts
     transformers               its Glm4Moe with these weights, by each of its implementations of experts
-    train.py's optimizers      drop-and-pad with Muon, as the default run trains
 
 Below them, three functions of kernels.py beside those of PyTorch that they stand for, there and back.
-What this is not: a measure of quality, which is train.py's report.
+What these figures are not: a measure of quality, which is train.py's report, or of both together. That is
+`race`, at the end of this file: held-out bits per byte after equal seconds of training, not equal tokens.
 
 The contenders take turns, one step each, and every ratio is the median over rounds of the ratio *within* a
 round: a computer that grows warm or busy slows all of them alike. Three things decide who looks fast:
@@ -32,22 +33,25 @@ import copy
 import functools
 import importlib.util
 import itertools
+import json
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import Parser, Progress, keep_memory, number, run_main
+from common import Parser, Progress, atomic_write, keep_memory, new_figure, number, run_main, save_figure
 from kernels import causal_attention, linear_cross_entropy, matmul_dtype, rms_norm
 from mobilemoe import DENSE, PRESETS, Config, MobileMoE, Routing, loop_over_experts
-from quantize import attach
-from train import TINY, optimizers, train_step
+from quantize import attach, comparison_table, heldout_bits_per_byte
+from train import TINY, Batches, optimizers, prepare_data, stages_for, train_step
 
 # Matrices of zeros, with which `tiny` starts, could flatter somebody: these are random.
 SHAPE = Config(d_model=256, n_layers=6, n_heads=4, n_kv_heads=2, d_ff=1024, vocab_size=4096, max_context=512)
@@ -123,16 +127,13 @@ def glm_contenders(model: MobileMoE) -> dict[str, nn.Module]:
             "transformers grouped_mm, BF16 weights": Glm(model, "grouped_mm", torch.bfloat16)}
 
 
-def training(model: nn.Module, batches: list[Tensor], capacity: float | None = None, muon=False) -> Callable:
-    """-> a function that trains `model` for one step, each time on the next of the batches [2, B, T].
-
-    `muon` takes train.py's optimizers instead of AdamW alone.
-    """
+def training(model: nn.Module, batches: list[Tensor], capacity: float | None = None) -> Callable:
+    """-> a function that trains `model` for one step, each time on the next of the batches [2, B, T]."""
     B, T = batches[0][0].shape
     # At a rate so small that routing stays as it is.
     stage = replace(TINY["pretrain"], context=T, batch=B * T, capacity=capacity, peak_lr=1e-6, bias_rate=0)
     group = dict(params=list(model.parameters()), share=1.0)
-    opts = optimizers(model, TINY) if muon else [torch.optim.AdamW([group], betas=(0.9, 0.95), fused=True)]
+    opts = [torch.optim.AdamW([group], betas=(0.9, 0.95), fused=True)]
     source = itertools.cycle(batches)
     data = SimpleNamespace(batch=lambda step, rows: next(source))
     return lambda: train_step(model, opts, stage, data, step=1, steps=100, micro_rows=B)
@@ -154,22 +155,19 @@ def there_and_back(function: Callable[..., Tensor], *inputs: Tensor) -> Callable
 def functions(c: Config, B: int, T: int, device: torch.device, dtype: torch.dtype) -> dict[str, Callable]:
     """Ours and PyTorch's in turns, with the shapes and types that training has."""
     random = functools.partial(torch.randn, device=device, requires_grad=True)
-    q = random(B, c.n_heads, T, c.d_head, dtype=dtype)
-    k, v = (random(B, c.n_kv_heads, T, c.d_head, dtype=dtype) for _ in "kv")
+    q, k, v = (random(B, n, T, c.d_head, dtype=dtype) for n in (c.n_heads, c.n_kv_heads, c.n_kv_heads))
     stream = random(B, T, c.d_model)                                       # FP32, as the residual stream is
     x = random(B * T, c.d_model, dtype=dtype)
     weight = random(c.vocab_size, c.d_model)
     y = torch.randint(c.vocab_size, (B * T,), device=device)
     sdpa = functools.partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
-
-    def all_logits(x: Tensor, w: Tensor) -> Tensor:
-        return F.cross_entropy(F.linear(x, w.to(dtype)).float(), y)
     return {"causal_attention": there_and_back(causal_attention, q, k, v),
             "F.scaled_dot_product_attention": there_and_back(sdpa, q, k, v),
             "rms_norm": there_and_back(lambda x: rms_norm(x, c.norm_eps), stream),
             "F.rms_norm": there_and_back(lambda x: F.rms_norm(x, (c.d_model,), eps=c.norm_eps), stream),
             "linear_cross_entropy": there_and_back(lambda x, w: linear_cross_entropy(x, w, y), x, weight),
-            "F.cross_entropy": there_and_back(all_logits, x, weight)}
+            "F.cross_entropy": there_and_back(
+                lambda x, w: F.cross_entropy(F.linear(x, w.to(dtype)).float(), y), x, weight)}
 
 # ----------------------------------------------------------------------------------------------------------
 # Timing
@@ -214,6 +212,97 @@ def report(seconds: dict[str, list[float]], steps: dict[str, Callable], tokens: 
         print(f"{name:42}{value:10.2f}  aim: {side} {aim}{'' if met else '  MISSED'}")
 
 
+# ----------------------------------------------------------------------------------------------------------
+# The race: equal seconds, not equal tokens
+
+TURNS, GLANCES = 8, 3       # of each model: a turn lasts a minute at --minutes 8; glances within a turn
+
+
+def train_by_clock(name: str, config: Config, prepared: dict, seed: int, seconds: float, peak: float,
+                   speed: float, glances: int) -> Iterator[dict]:
+    """Train a new model for so many seconds. At even distances, `glances` times, print and yield what it has
+    reached: {"tokens", "seconds", "tokens/s", "bits_per_byte": held-out, by domain}.
+
+    Only training is on the clock. `speed`, tokens/s in a warm-up, says how many steps the schedule can plan.
+    It counts as much as ten steps of the training itself, so that the learning rate ends with the last second
+    even if the computer has changed its speed.
+    """
+    torch.manual_seed(seed)
+    stages = stages_for(config)
+    # Down to zero, as no stage follows: a rate that is still high at the end hides what was learned.
+    stage = replace(stages["pretrain"], peak_lr=peak, final_lr=0.0)
+    model = MobileMoE(config)
+    model.compute_dtype = matmul_dtype(torch.device("cpu"))
+    opts = optimizers(model, stages)
+    batches = Batches(prepared, stage, seed)
+    step, used = 0, 0.0
+    for glance in range(1, glances + 1):
+        while used < seconds * glance / glances:
+            pace = (10 * stage.batch / speed + used) / (10 + step)         # seconds per step
+            steps = step + max(1, round((seconds - used) / pace))
+            start = time.perf_counter()
+            train_step(model, opts, stage, batches, step, steps, micro_rows=stage.batch // stage.context)
+            used += time.perf_counter() - start
+            step += 1
+        tokens = step * stage.batch
+        bits = heldout_bits_per_byte(model, {"context": stage.context, "heldout": prepared["heldout"]})
+        print(f"{name}, peak rate {peak:g}, {used:.0f} s, {tokens:,} tokens: {bits['prose']:.3f}", flush=True)
+        yield {"tokens": tokens, "seconds": used, "tokens/s": tokens / used, "bits_per_byte": bits}
+
+
+def race(configs: dict[str, Config], minutes: float, seed: int, out: Path):
+    """Train a mixture and its dense twin, {name: config} in this order, in turns, for `minutes` each, on the
+    same batches.
+
+    Prints bits per byte by domain, in brackets minus the twin's, writes every glance to out/race.json and
+    draws out/race.png. Glances take time of their own, the twin's three trials three turns.
+    """
+    figure, [axes] = new_figure(1, 2, (12, 4.5))        # first: without matplotlib nothing is trained
+    mixture, twin = configs
+    prepared = prepare_data(out, None, None, configs[mixture].vocab_size)
+    turn = 60 * minutes / TURNS
+    peak = stages_for(configs[mixture])["pretrain"].peak_lr
+
+    def start(name: str, seconds: float, peak: float, speed: float, glances: int = 1) -> Iterator[dict]:
+        return train_by_clock(name, configs[name], prepared, seed, seconds, peak, speed, glances)
+    print("Held-out bits per byte of docstrings: two warm-ups, three peak rates for the twin, the race")
+    # Of a warm-up only the speed is kept. Before it, any guess will do.
+    speeds = {name: next(start(name, turn / 4, peak, speed=1e4))["tokens/s"] for name in configs}
+    # The table's rate was chosen for the mixture. The twin takes the best of three, or it were a straw man.
+    trials = {rate: next(start(twin, turn, rate, speeds[twin])) for rate in (peak / 2, peak, 2 * peak)}
+    peaks = {mixture: peak, twin: min(trials, key=lambda rate: trials[rate]["bits_per_byte"]["prose"])}
+    racers = {name: start(name, 60 * minutes, peaks[name], speeds[name], TURNS * GLANCES) for name in configs}
+    curves = {name: [] for name in configs}
+    for name in TURNS * list(configs):
+        curves[name] += itertools.islice(racers[name], GLANCES)
+    print(comparison_table({f"{name}, {curves[name][-1]['tokens/s']:,.0f} tokens/s":
+                            curves[name][-1]["bits_per_byte"] for name in (twin, mixture)}))
+    crossings = {unit: draw(axis, unit, curves) for axis, unit in zip(axes, ("tokens", "seconds"))}
+    record = {"seed": seed, "trials": trials, "peaks": peaks, "crossings": crossings, "curves": curves}
+    with atomic_write(out / "race.json") as file:
+        file.write(json.dumps(record).encode())
+    save_figure(figure, out / "race.png")
+
+
+def draw(axis, unit: str, curves: dict[str, list[dict]]) -> list[float]:
+    """Docstrings over "tokens" or "seconds" -> [where the two curves cross for the last time], or [].
+
+    Seconds are the fair view: there both are equally far in their schedules. At equal tokens the slower model
+    has lowered its rate further than the other.
+    """
+    ours, theirs = (np.array([(glance[unit], glance["bits_per_byte"]["prose"]) for glance in curve])
+                    for curve in curves.values())                          # [glances, 2] each
+    x = np.linspace(max(ours[0, 0], theirs[0, 0]), min(ours[-1, 0], theirs[-1, 0]), 2000)
+    bits = np.interp(x, *ours.T)                                           # [2000], where both were measured
+    last = np.flatnonzero(np.diff(bits < np.interp(x, *theirs.T)))[-1:]    # [1] or [0]
+    title = f"crossing at {x[last].item():,.0f} {unit}" if len(last) else "no crossing"
+    print(f"docstrings against {unit}: {title}")
+    axis.plot(*ours.T, *theirs.T, x[last], bits[last], "ko")
+    axis.set(title=title, xlabel=f"{unit} of training", ylabel="held-out bits per byte, docstrings")
+    axis.legend(list(curves))
+    return x[last].tolist()
+
+
 def main():
     parser = Parser(description="Training speed of this model against other ways to write it.")
     parser.add_argument("--preset", choices=("test", "tiny", "S", "M", "L"), help="not d 256 and 6 layers")
@@ -221,7 +310,13 @@ def main():
     parser.add_argument("--context", type=number(int, 1), default=512, help="tokens of a row (%(default)s)")
     parser.add_argument("--rounds", type=number(int, 1), default=7, help="timed steps of each (%(default)s)")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda")[:1 + torch.cuda.is_available()])
+    sub = parser.add_subparsers(dest="command").add_parser("race", help="`tiny` against its dense twin")
+    sub.add_argument("--minutes", type=number(float, 0.01), default=8, help="for each (%(default)s)")
+    sub.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0)
+    sub.add_argument("--out", type=Path, default="runs/race", metavar="FOLDER", help="(%(default)s)")
     args = parser.parse_args()
+    if args.command == "race":
+        return race({n: PRESETS[n] for n in ("tiny", "tiny-dense")}, args.minutes, args.seed, args.out)
     device = torch.device(args.device)
     torch.manual_seed(0)
     config = replace(PRESETS.get(args.preset, SHAPE), zero_init_outputs=False)
@@ -241,8 +336,7 @@ def main():
              "dropless": training(model, batches),
              "dropless, QAT": training(attach(copy.deepcopy(model)), batches),
              "dense, equal active size": training(dense, batches),
-             "naive loop over experts": training(naive_twin(model), batches),
-             "drop-and-pad, train.py's optimizers": training(copy.deepcopy(model), batches, CAPACITY, True)}
+             "naive loop over experts": training(naive_twin(model), batches)}
     steps |= {name: training(glm, batches) for name, glm in glm_contenders(model).items()}
     kernels = functions(config, args.batch, args.context, device, model.compute_dtype)
     seconds = interleave(steps | kernels, args.rounds, device)

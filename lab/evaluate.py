@@ -5,12 +5,12 @@
         --model_args checkpoint=runs/tiny/midtrain.pt
 
 The first asks what the run itself held out from every stage: bits per byte by domain; a docs quiz (which of
-four summaries belongs to this function? log-likelihoods decide, as in HellaSwag and ARC); arithmetic (the
-last number of a greedy answer is right or wrong, as in GSM8K). It sets the exported file in llama.cpp beside
-its checkpoint, and shows which experts each domain uses. The second is lm-evaluation-harness' own command;
-`mobilemoe14` are the paper's 14 tasks.
+four summaries belongs to this function? log-likelihoods decide, as in HellaSwag and ARC); skills, facts and
+manners by exact match of a greedy answer (skills.is_right), as in GSM8K, asked of every checkpoint and of
+the exported file in llama.cpp. It sets that file beside its checkpoint, and shows which experts each domain
+uses. The second is lm-evaluation-harness' own command; `mobilemoe14` are the paper's 14 tasks.
 
-One rule makes stages comparable: a question is put in the format that the checkpoint's last stage taught.
+One rule makes the quiz comparable: it is put in the format that the checkpoint's last stage taught.
 `pretrain` and `midtrain` continue a document ("numpy.mean", an empty line, the summary), `sft` and `qat` are
 asked in a chat. The questions, the choices and the scoring are the same.
 
@@ -22,7 +22,8 @@ import hashlib
 import json
 import re
 import sys
-from collections import Counter, namedtuple
+import tempfile
+from collections import Counter, defaultdict, namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -31,9 +32,10 @@ from torch import Tensor, nn
 
 import common
 from common import UserError, encode, encode_prompt
-from export_mobile import CHAT_TEMPLATE
+from export_mobile import CHAT_TEMPLATE, export_checkpoint
 from mobilemoe import generate, model_from_checkpoint
 from quantize import attach, heldout_bits_per_byte
+from skills import PHRASINGS, is_right
 
 # ----------------------------------------------------------------------------------------------------------
 # What a model makes of token sequences
@@ -43,6 +45,7 @@ class Subject:
     """A checkpoint ready to be asked. It computes as the phone does after QAT, and in FP32 before."""
 
     def __init__(self, path: Path):
+        self.path = path
         self.name = f"{path.absolute().parent.name}/{path.stem}"        # tiny/sft
         self.checkpoint = common.load_checkpoint(path)
         self.model = model_from_checkpoint(self.checkpoint)
@@ -115,8 +118,9 @@ class Subject:
 # ----------------------------------------------------------------------------------------------------------
 # The held-out questions
 
-# The question as a document's beginning and as a chat message, four choices or none, and the right answer.
+# The question as a document's beginning and as a chat message, four choices, and the right answer.
 Item = namedtuple("Item", "document question choices answer")
+EACH = 200              # items of a kind, at most
 
 
 def quiz_items(conversations: list[dict]) -> list[Item]:
@@ -127,7 +131,7 @@ def quiz_items(conversations: list[dict]) -> list[Item]:
     """
     questions = {}                  # by answer: one question for each
     for chat in conversations:
-        if chat["kind"] == "summary":
+        if chat["kind"] == "quiz":
             questions.setdefault(chat["answer"], chat["messages"][0]["content"])
     if len(questions) < 4:
         return []
@@ -139,18 +143,8 @@ def quiz_items(conversations: list[dict]) -> list[Item]:
     for answer, question in questions.items():
         others = sorted(questions.keys() - {answer}, key=lambda text: draw(question, text))[:3]
         choices = sorted([answer, *others], key=lambda text: draw(text, question))
-        items.append(Item(f"{re.search('`(.+)`', question)[1]}\n\n", question, choices, answer))
+        items.append(Item(f"{re.search('What does (.+) do', question)[1]}\n\n", question, choices, answer))
     return items
-
-
-def arithmetic_items(conversations: list[dict]) -> list[Item]:
-    """Sums with a number as answer, each once, in figures or as a story: the items must be independent."""
-    items = {}
-    for chat in conversations:
-        if chat["kind"] == "arithmetic":
-            question, working = (message["content"] for message in chat["messages"])
-            items.setdefault(working, Item(f"Problem: {question}\nWorking:", question, [], chat["answer"]))
-    return list(items.values())
 
 
 def prompt_ids(subject: Subject, item: Item) -> list[int]:
@@ -187,43 +181,60 @@ def ask_quiz(subject: Subject, items: list[Item]) -> dict[str, np.ndarray]:
             for way, chosen in best.items()}
 
 
-def ask_arithmetic(subject: Subject, items: list[Item]) -> np.ndarray:
-    """Chance is the best that a model could do which always says the same number."""
-    requests = [(prompt_ids(subject, item), 80, ["\n\n"]) for item in items]
-    answers = subject.answers(requests, f"{subject.name}: arithmetic")
-    numbers = [re.findall(r"-?\d+", answer.replace(",", ""))[-1:] for answer in answers]
-    commonest = Counter(item.answer for item in items).most_common(1)[0][1]
-    return score([found == [item.answer] for item, found in zip(items, numbers)], commonest / len(items))
+def ask_skills(name: str, path: Path, skills: dict[str, list[dict]]) -> dict[str, np.ndarray]:
+    """Have llama.cpp answer all questions from a .gguf file, greedily -> {kind: score}.
+
+    Chance: what a model would reach that always gives a kind's commonest answer.
+    """
+    asked = [pair for pairs in skills.values() for pair in pairs]
+    print(f"{name}: {len(asked):,} questions about skills, facts and manners", flush=True)
+    chats = [pair["messages"][:1] for pair in asked]
+    answers = iter(common.ask_llama_cpp(path, chats=chats, max_tokens=100, threads=1)["answers"])
+    scores = {}
+    unknown = []                # how often it does not know what it was taught
+    for kind, pairs in skills.items():
+        said = [next(answers) for _ in pairs]
+        finals = Counter(pair["answer"].split("The answer is ")[-1] for pair in pairs)
+        right = [is_right(pair["answer"], text) for pair, text in zip(pairs, said)]
+        scores[kind] = score(right, finals.most_common(1)[0][1] / len(pairs))
+        if kind in PHRASINGS and kind.endswith(" of"):
+            unknown += [text.startswith("I do not know") for text in said]
+    if unknown:
+        print(f'{name}: "I do not know" to {np.mean(unknown):.1%} of {len(unknown)} facts that were taught')
+    return scores
 
 
-def put_questions(subjects: list[Subject], picture: Path):
-    """Bits per byte, quiz and arithmetic of every checkpoint: a table and a picture."""
+def put_questions(subjects: list[Subject], exported: list[Path]):
+    """Bits per byte and quiz of every checkpoint; skills of every checkpoint and file. Prints two tables."""
     conversations = json.loads(subjects[0].checkpoint["sft_heldout"])
-    items = quiz_items(conversations)
-    sums = arithmetic_items(conversations)
-    print(f"held-out questions: {len(items)} of the quiz, {len(sums)} of arithmetic", flush=True)
+    quiz = quiz_items(conversations)
     rows = []
-    scores = []
     for subject in subjects:
         bits = heldout_bits_per_byte(subject.model, subject.checkpoint)
-        right = ask_quiz(subject, items) if items else {}
-        if sums:
-            right["arithmetic"] = ask_arithmetic(subject, sums)
+        right = ask_quiz(subject, quiz) if quiz else {}
         cells = [f"{value:.3f}" for value in bits.values()]
         cells += [f"{mean:.1f} ± {error:.1f} %" for mean, error, _ in right.values()]
         rows.append([subject.name, "chat" if subject.chat else "document", *cells])
-        scores.append(right)
-    tasks = [f"{task} (chance {chance:.1f} %)" for task, (_, _, chance) in right.items()]
-    print("\n" + common.markdown_table(["held out (± one standard error)", "asked as", *bits, *tasks], rows))
-    if right:
-        figure, [[axis]] = common.new_figure(1, 1, (7, 4))
-        for task in right:
-            mean, error, chance = np.transpose([row[task] for row in scores])
-            line = axis.errorbar([subject.name for subject in subjects], mean, error, fmt="o-", label=task)
-            axis.axhline(chance[0], color=line[0].get_color(), ls=":")
-        axis.set(title="right answers, %, ± one standard error (dotted: chance)", ylim=(0, 100))
-        axis.legend()
-        common.save_figure(figure, picture)
+    heads = ["held out", "asked as", *bits, *(f"{way} of {len(quiz)}, chance 25 %" for way in right)]
+    print("\n" + common.markdown_table(heads, rows) + "\n", flush=True)
+    skills = defaultdict(list)
+    for pair in conversations:
+        if pair["kind"] not in ("quiz", "chat") and len(skills[pair["kind"]]) < EACH:
+            skills[pair["kind"]].append(pair)
+    if not any(skills.values()):
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        files = {path.name: path for path in exported}
+        for subject in subjects:
+            path = Path(folder, f"{subject.path.stem}.gguf")
+            export_checkpoint(subject.path, path, "q4_0" if subject.checkpoint["quantized"] else "f16")
+            files[subject.name] = path
+        scores = {name: ask_skills(name, path, skills) for name, path in files.items()}
+    rows = []
+    for kind, pairs in skills.items():
+        cells = [f"{mean:.0f} ± {error:.0f}" for mean, error, _ in (found[kind] for found in scores.values())]
+        rows.append([kind, len(pairs), f"{scores[subject.name][kind][2]:.0f}", *cells])
+    print("\n" + common.markdown_table(["right, % ± one standard error", "n", "chance", *scores], rows))
 
 # ----------------------------------------------------------------------------------------------------------
 # The exported file, in llama.cpp
@@ -406,7 +417,7 @@ def main():
         raise UserError("these checkpoints hold out different texts: one may know the other's answers")
     for path in exported:           # first, as llama.cpp may refuse it
         print(compare_with_llama_cpp(path, subjects[-1]) + "\n", flush=True)
-    put_questions(subjects, out / "progress.png")
+    put_questions(subjects, exported)
     shares = {subject.name: routing_shares(subject) for subject in subjects if not subject.model.config.dense}
     for name, by_domain in shares.items():
         print("\n" + routing_table(name, by_domain))

@@ -1,4 +1,5 @@
 """The command lines: bad input gets one line and exit code 2, no traceback, nothing half-written; talking."""
+import io
 import json
 import os
 import resource
@@ -133,11 +134,20 @@ def test_a_checkpoint_talks_and_a_seed_decides_what_it_says(stage, finished_run,
         return out
     said = say()
     assert said.startswith("What is") == (stage in ("pretrain", "midtrain"))      # text goes on
-    assert say() == said != say("--seed", 1)
+    assert say() == said
+    assert say("--temperature", 2) != say("--temperature", 2, "--seed", 1)
     assert say("--temperature", 0) == say("--temperature", 0, "--seed", 1)
     assert "--temperature" in refused(*question, "--temperature", "nan")
     for prompt in ("", "<|eot_id|>", "naïve 👍 \U0001f9ff", "a" * 500):
         assert call(*question[:2], prompt, "--tokens", 3)[::2] == (0, "")
+
+
+def test_a_chat_goes_on_until_an_empty_line(finished_run, call, refused, monkeypatch):
+    lines = ["Hello", "What is 4 + 7? " * 30, "And then?", "", "unread"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+    code, out, err = call(mobilemoe.main, finished_run / "sft.pt", "--tokens", 5)
+    assert (code, err, out.count("> ")) == (0, "", 4) and sys.stdin.read() == "unread"
+    assert "text to continue" in refused(mobilemoe.main, finished_run / "midtrain.pt")
 
 
 def test_a_refusal_as_a_shell_sees_it(tmp_path):

@@ -24,9 +24,9 @@ def conversation(kind, answer, question, reply):
     return {"kind": kind, "answer": answer, "messages": messages}
 
 
-QUIZ = [conversation("summary", text, f"What does `x.f{n}` do?", text) for n, text in enumerate(SUMMARIES)]
-SUMS = [conversation("arithmetic", "12", question, "14 + 5 = 19, 19 - 7 = 12. The answer is 12.")
-        for question in ("I had 14 coins, found 5 and lost 7. How many remain?", "What is 14 + 5 - 7?")]
+QUIZ = [conversation("quiz", text, f"What does x.f{n} do?", text) for n, text in enumerate(SUMMARIES)]
+SUMS = [conversation("sum of two", reply, question, reply) for question, reply in (
+    ("What is 14 + 5?", "14 + 5 = 19. The answer is 19."), ("What is 4 + 5?", "4 + 5 = 9. The answer is 9."))]
 
 
 @pytest.fixture(scope="module")
@@ -127,18 +127,25 @@ def test_quiz_counts_likelihood_per_byte_and_the_gain_from_the_name(sft):
 
 
 def test_a_model_is_asked_in_the_format_of_its_last_stage(run):
-    item, = evaluate.arithmetic_items(QUIZ + SUMS)              # the same sum twice
-    document = f"Problem: {item.question}\nWorking:"
-    for stage, text, chat in (("pretrain", document, False), ("sft", item.question, True)):
+    item = evaluate.quiz_items(QUIZ)[1]
+    for stage, text, chat in (("pretrain", "x.f1\n\n", False), ("sft", "What does x.f1 do?", True)):
         subject = evaluate.Subject(run / f"{stage}.pt")
         assert evaluate.prompt_ids(subject, item) == encode_prompt(subject.encoding, text, chat)
 
 
-def test_the_last_number_of_an_answer_counts(sft):
-    items = [evaluate.Item("", "", [], "1085")] * 4 + [evaluate.Item("", "", [], "7")]
-    sft.answers = lambda requests, what: ["47 + 30 = 77, so 1,085.", "x = -1085", "1085 of 2", "", "7"]
-    wanted = [40, 100 * (0.4 * 0.6 / 5) ** 0.5, 80]
-    assert evaluate.ask_arithmetic(sft, items).tolist() == pytest.approx(wanted)
+def test_answers_from_a_file_are_right_or_wrong_by_kind(run, monkeypatch, capsys):
+    pytest.importorskip("xllamacpp")
+    facts = [conversation("module of", f"`{name}` is in the module `os`.", f"Where is {name}?", "")
+             for name in ("walk", "remove")]
+    said = ["14 + 5 = 19. The answer is 19.", "5.", "I do not know `walk`.",
+            "`remove` is in the module `os`."]
+    ask = evaluate.common.ask_llama_cpp
+    monkeypatch.setattr(evaluate.common, "ask_llama_cpp", lambda path, **question: {
+        "answers": said[:len(ask(path, **question)["answers"])]})
+    scores = evaluate.ask_skills("x", run / "mobilemoe.gguf", {"sum of two": SUMS, "module of": facts})
+    for kind in ("sum of two", "module of"):
+        assert scores[kind].tolist() == pytest.approx([50, 100 * (0.25 / 2) ** 0.5, 50])
+    assert '"I do not know" to 50.0% of 2 facts' in capsys.readouterr().out
     assert evaluate.score([False] * 10, 0.25)[1] > 0            # ten answers are not certainty
 
 
@@ -175,12 +182,12 @@ def test_command_prints_tables_and_draws_pictures(run, finished_run, call, tmp_p
     files = [run / name for name in ("pretrain.pt", "qat.pt", "mobilemoe.gguf")]
     code, out, err = call(evaluate.main, *files, "--out", tmp_path / "new")
     assert code == 0, err
-    for words in ("7 of the quiz, 1 of arithmetic", " document |", " chat |", "in llama.cpp", "routes in"):
+    for words in ("quiz of 7", " document |", " chat |", "in llama.cpp", "routes in", "| sum of two",
+                  f"{run.name}/qat", "mobilemoe.gguf"):
         assert words in out
-    for name in ("progress.png", "routing.png"):
-        assert (tmp_path / "new" / name).read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "new" / "routing.png").read_bytes().startswith(b"\x89PNG")
     code, out, err = call(evaluate.main, finished_run / "sft.pt", "--out", tmp_path)       # has no questions
-    assert (code, err) == (0, "") and "0 of the quiz" in out and "asked as | prose | maths |" in out
+    assert (code, err) == (0, "") and "sum of two" not in out and "asked as | prose | maths |" in out
 
 
 def test_refuses_what_is_missing_or_wrong(run, finished_run, refused, tmp_path):

@@ -47,7 +47,8 @@ def test_steps_and_answers_are_right(by_kind):
         assert choose(numbers(question)) == int(answer(reply))
     for question, reply in by_kind["sequence"]:
         a, b, *_, last = numbers(question)
-        assert int(answer(reply)) == last + b - a
+        assert int(answer(reply)) == last + b - a and all(
+            eval(step.replace("=", "==")) for step in reply.split(". ")[0].split(", "))
     for question, reply in by_kind["sort"]:
         assert sorted(numbers(question)) == numbers(answer(reply))
     for question, reply in by_kind["reverse"]:
@@ -69,14 +70,14 @@ def test_steps_and_answers_are_right(by_kind):
 
 def test_facts_are_those_of_the_living_objects(by_kind):
     for name in ("len", "json.loads", "textwrap.dedent", "os.path.join"):
-        question = f"Tell me what {name} does."
+        question = f"Explain what {name} does."
         reply = dict(by_kind["summary of"])[question]
         assert reply in " ".join(inspect.getdoc(pydoc.locate(name)).split())
     modules = dict(by_kind["module of"])
-    assert modules["In which module can I find dedent?"] == "`dedent` is in the module `textwrap`."
-    assert modules["In which module can I find Path.exists?"] == "`Path.exists` is in the module `pathlib`."
+    assert modules["In which module is dedent?"] == "`dedent` is in the module `textwrap`."
+    assert modules["In which module is Path.exists?"] == "`Path.exists` is in the module `pathlib`."
     signatures = dict(by_kind["signature of"])
-    assert signatures["Show me the parameters of textwrap.dedent."] == "`textwrap.dedent(text)`"
+    assert signatures["Show the signature of textwrap.dedent."] == "`textwrap.dedent(text)`"
     invented = {re.search("`(.*)`", reply)[1] for _, reply in by_kind["unknown"]}
     assert len(invented) > 500 and not any(name in skills.ENCYCLOPAEDIA for name in invented)
 
