@@ -121,7 +121,8 @@ def load_dict(path: str | Path) -> dict:
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}: `python train.py` makes one")
     try:
-        return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+        mapped = sys.platform != "win32"        # there, a file that is mapped cannot be replaced
+        return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=mapped))
     except Exception:               # torch raises half a dozen kinds, depending on where the damage is
         raise UserError(f"{path} is not readable (empty, truncated or foreign): delete it") from None
 

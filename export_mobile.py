@@ -61,6 +61,7 @@ ALIGNMENT = 32
 F32, F16, Q4_0, Q8_0 = 0, 1, 2, 8               # ggml's numbers for tensor types
 DTYPES = {"f32": F32, "f16": F16, "q8_0": Q8_0, "q4_0": Q4_0}
 BLOCK = {F32: (1, 4), F16: (1, 2), Q8_0: (32, 34), Q4_0: (32, 18)}          # weights in a block, its bytes
+LARGEST = {F32: 3.4e38, F16: 65504, Q8_0: 127 * 65504, Q4_0: 7.5 * 65504}     # weight: its scale is an F16
 FILE_TYPE = {F32: 0, F16: 1, Q8_0: 7, Q4_0: 2}  # general.file_type, "mostly this": a numbering of its own
 NORMAL, CONTROL, UNUSED = 1, 3, 5               # tokenizer.ggml.token_type
 MAX_EXPERTS = 512                               # llama.cpp aborts above (above 1,024 of late)
@@ -253,6 +254,8 @@ def export(config: Config, tensor: Callable[[str], Tensor], tokenizer: dict, pat
             assert tuple(weight.shape) == entry.shape, entry.name
             # Two million weights at a time: temporaries stay small enough for the processor's cache.
             for rows in weight.split(max(1, 2**21 // math.prod(entry.shape[1:]))):
+                if not rows.abs().max() <= LARGEST[entry.kind]:             # NaN is not, either
+                    raise UserError(f"{entry.source}: a weight is no number, or too large for {dtype}")
                 file.write(encode(rows, entry.kind, snap=qat and entry.is_matrix))
             file.write(bytes(-file.tell() % ALIGNMENT))
     torch.set_num_threads(threads)
@@ -321,6 +324,8 @@ def entry_bytes(entry: Entry) -> int:
 def export_checkpoint(checkpoint_path: str | Path, path: str | Path, dtype: str = "q4_0") -> str:
     """Export a checkpoint that train.py wrote. Raises UserError if it is missing or damaged."""
     checkpoint = load_checkpoint(checkpoint_path)       # memory-mapped: a tensor is read when it is fetched
+    if Path(path).exists() and Path(path).samefile(checkpoint_path):
+        raise UserError(f"{path} is the checkpoint itself: choose another --out")
     return export(config_from_dict(checkpoint["config"]), checkpoint["model"].__getitem__,
                   checkpoint["tokenizer"], path, dtype, checkpoint["quantized"])
 

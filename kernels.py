@@ -27,10 +27,13 @@ from torch import Tensor
 
 
 def matmul_dtype(device: torch.device) -> torch.dtype:
-    """BF16 where the hardware multiplies it faster than FP32: CUDA, AMX, AVX512-BF16. FP32 elsewhere."""
-    if device.type != "cpu" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported():
-        return torch.bfloat16
-    return torch.float32
+    """BF16 where the hardware multiplies it faster than FP32: CUDA 8.0, AMX, AVX512-BF16. FP32 elsewhere."""
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        native = (device.type != "cpu" or torch.cpu._is_amx_tile_supported()
+                  or torch.cpu._is_avx512_bf16_supported())
+    return torch.bfloat16 if native else torch.float32
 
 # ----------------------------------------------------------------------------------------------------------
 # RMS norm
@@ -125,9 +128,13 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     (B, H, T, d_head), (K, S) = q.shape, k.shape[1:3]
     if q.device.type != "cpu":
+        if q.dtype == torch.float32:
+            # Flash attention has no FP32, the next best kernel no grouped heads. Only the plain one has both,
+            # and writes all scores: 3 GB a row for S at 8,192 tokens.
+            k, v = (x.repeat_interleave(H // K, 1) for x in (k, v))        # [B, H, S, d_head]
         # is_causal would align the mask to the first keys, as if nothing had been seen before.
         mask = None if T in (1, S) else torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=T == S > 1, enable_gqa=H != K)
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=T == S > 1, enable_gqa=H != k.shape[1])
     q = (q * d_head ** -0.5).unflatten(1, (K, H // K)).transpose(2, 3)     # [B, K, T, R, d_head]
     flat = (x.reshape(B * K, -1, d_head) for x in (q, k, v))
     y = BlockAttention.apply(*flat, H // K)                                # [B*K, T*R, d_head]
@@ -143,7 +150,7 @@ class Places(NamedTuple):
     row: Tensor             # [N, A] the row of each route; 0 for a dropped one
     kept: Tensor            # [N, A] 0 for a route that found its expert full, else 1
     slot: Tensor            # [N*A] the row of each route once more, but one past the last for a dropped one
-    ends: Tensor | None     # GPU: [E] where each expert's rows end
+    ends: Tensor | None     # GPU: [E] where each expert's rows end (with grouped_mm, from CUDA 8.0)
     groups: list            # CPU: (experts, rows of the group) for each group of experts of like load
 
 
@@ -162,8 +169,9 @@ def place(experts: Tensor, capacity: int, E: int) -> Places:
     # GPU sums the weights' gradients over rows in pieces of 16 bytes. But one token must not become 16.
     unit = min(16, N)
     held = count.clamp(max=capacity)                                       # [E]
-    if device.type == "cpu":
+    if device.type == "cpu" or matmul_dtype(device) == torch.float32:      # an older GPU has no grouped_mm
         begin, groups, rows = group_by_load(held.tolist(), unit)
+        begin = begin.to(device)
         ends = None
     else:                   # the host must not wait for the counts: as many rows as there can ever be
         height = (held + unit - 1) // unit * unit                          # [E]
