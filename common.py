@@ -128,7 +128,11 @@ def load_dict(path: str | Path) -> dict:
 
 
 def load_checkpoint(path: str | Path) -> dict:
-    """A checkpoint that train.py wrote. Raises UserError if it is none, or as load_dict does."""
+    """A checkpoint that train.py wrote, or a folder as the released models come. Raises UserError if it is
+    none, or as load_dict does."""
+    if Path(path).is_dir():
+        from released import read_folder
+        return read_folder(Path(path))
     checkpoint = load_dict(path)
     if checkpoint.get("format") != "mobilemoe/1":
         raise UserError(f"{path} is not a MobileMoE checkpoint: train.py writes those")
@@ -159,17 +163,29 @@ def encode(encoding, text: str) -> np.ndarray:
         raise UserError(f"a text of {len(text):,} characters cannot be tokenized: {error}") from None
 
 
+# Begin and end of a text, of a header, end of a turn: as Llama 3 names them, and as the released models do.
+CHAT_NAMES = (
+    ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    ("<|begin_of_text|>", "<|end_of_text|>", "<|header_start|>", "<|header_end|>", "<|eot|>"))
+
+
+def chat_names(encoding) -> tuple[str, ...]:
+    """The five of CHAT_NAMES that this tokenizer has. Raises UserError if it has neither."""
+    for names in CHAT_NAMES:
+        if encoding.special_tokens_set.issuperset(names):
+            return names
+    raise UserError(f"the tokenizer {encoding.name} has no tokens for a chat, such as {', '.join(names)}")
+
+
 def chat_parts(encoding, messages: list[dict]) -> Iterator[tuple[list[int], bool]]:
     """Llama 3's chat format in pieces: (ids, does the assistant say them?). Nobody says a header."""
-    special = encoding.encode_single_token
-    yield [special("<|begin_of_text|>")], False
+    begin, _, header, header_end, turn_end = map(encoding.encode_single_token, chat_names(encoding))
+    newlines = encode(encoding, "\n\n").tolist()
+    yield [begin], False
     for message in messages:
-        role = encode(encoding, message["role"]).tolist()
-        newlines = encode(encoding, "\n\n").tolist()
-        yield [special("<|start_header_id|>"), *role, special("<|end_header_id|>"), *newlines], False
+        yield [header, *encode(encoding, message["role"]).tolist(), header_end, *newlines], False
         if "content" in message:
-            content = encode(encoding, message["content"]).tolist()
-            yield [*content, special("<|eot_id|>")], message["role"] == "assistant"
+            yield [*encode(encoding, message["content"]).tolist(), turn_end], message["role"] == "assistant"
 
 
 def encode_chat(encoding, messages: list[dict], reply: bool) -> list[int]:
@@ -191,8 +207,8 @@ def encode_prompt(encoding, text: str, chat: bool) -> list[int]:
 
 def stop_tokens(encoding, vocab_size: int) -> tuple[int, ...]:
     """What ends an answer or a document, and ids without a token, as a vocabulary may have more room."""
-    names = ("<|eot_id|>", "<|end_of_text|>", "<|begin_of_text|>")
-    return (*map(encoding.encode_single_token, names), *range(encoding.n_vocab, vocab_size))
+    begin, end, *_, turn_end = map(encoding.encode_single_token, chat_names(encoding))
+    return (begin, end, turn_end, *range(encoding.n_vocab, vocab_size))
 
 # ----------------------------------------------------------------------------------------------------------
 # What a person reads and looks at

@@ -33,8 +33,8 @@ import regex
 import tiktoken
 import torch
 
-from common import (Parser, Progress, UserError, atomic_write, chat_parts, encode, markdown_table, read_json,
-                    run_main)
+from common import (Parser, Progress, UserError, atomic_write, chat_parts, encode, load_checkpoint,
+                    markdown_table, read_json, run_main, tokenizer_from_dict)
 from corpus import DOMAINS, Corpus, embedded_corpus
 from mobilemoe import PRESETS
 from skills import SHOWN
@@ -190,8 +190,8 @@ def folder_corpus(folder: str | Path) -> Corpus:
         kinds[f"{path.suffix.lower()} ({where})"] += 1
     documents = counted({domain: len(texts) for domain, texts in found.items()})
     corpus = Corpus(f"documents: {documents} | files: {counted(kinds)} | left out: {counted(left_out)}")
-    if not any(len(texts) > 1 for domain, texts in found.items() if domain != "chat"):
-        raise UserError(f"{folder} needs at least two documents of text in one domain: {corpus.source}")
+    if not any(len(texts) > 1 for texts in found.values()):
+        raise UserError(f"{folder} needs at least two documents in one domain: {corpus.source}")
     for domain, texts in found.items():
         kept = {}
         training = list(hold_out(texts, 0.05, kept)) or [kept.pop(max(kept))]       # one is always trained on
@@ -289,7 +289,10 @@ def tokenizer_to_dict(encoding: tiktoken.Encoding) -> dict:
 
 
 def load_tokenizer_file(path: str | Path) -> tiktoken.Encoding:
-    """A Llama-3 tokenizer.model, or any tiktoken rank file (lines of base64, space, rank). Or a UserError."""
+    """A Llama-3 tokenizer.model, any tiktoken rank file (lines of base64, space, rank), or the folder of a
+    released model. Raises UserError for anything else."""
+    if Path(path).is_dir():
+        return tokenizer_from_dict(load_checkpoint(path)["tokenizer"])
     try:
         lines = [line.split() for line in Path(path).read_bytes().splitlines() if line.strip()]
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
@@ -535,14 +538,24 @@ def open_shards(folder: str | Path) -> tuple[dict[str, np.ndarray], Corpus]:
 # What training needs to know
 
 
+def tokenize_heldout(corpus: Corpus, encoding: tiktoken.Encoding) -> dict[str, dict]:
+    """{domain: {"ids": int32 [n], "bytes" of their text, "xz": its bits per byte}} of what is held out."""
+    heldout = {}
+    for domain, held in corpus.heldout.items():
+        if held:
+            held = held[::-(-sum(map(len, held)) // HELDOUT)]           # from all over the domain
+            ids = torch.from_numpy(tokenize_documents(held, encoding).astype(np.int32))
+            heldout[domain] = {"ids": ids, "bytes": len("".join(held).encode()), "xz": xz_bits_per_byte(held)}
+    return heldout
+
+
 def prepare(folder: str | None, tokenizer_file: str | None, vocab_size: int) -> dict:
     """Corpus -> tokenizer -> token streams, as a dict that torch.save can write.
 
     {"shards": the folder if the training text stays on the disk, else "", "tokenizer", "train": {domain:
-    ids}, "heldout": {domain: {"ids" int32, "bytes"}}, "xz": {domain: bits per byte}, "chat": {"ids" int32,
-    "mask" bool, "lengths" int64}, "sft_heldout": JSON, "questions": a few of those as [text, kind, answer],
-    "openings": of three held-out documents, "glance": (ids, bytes) of a little held-out text from all over
-    the first domain}
+    ids}, "heldout": as tokenize_heldout has it, "chat": {"ids" int32, "mask" bool, "lengths" int64},
+    "sft_heldout": JSON, "questions": a few of those as [text, kind, answer], "openings": of three held-out
+    documents, "glance": (ids, bytes) of a little held-out text from all over the first domain}
     Without a folder it takes the embedded corpus, without a tokenizer file it learns one. Raises UserError.
     """
     shards = str(folder) if folder and is_sharded(folder) else ""
@@ -564,13 +577,7 @@ def prepare(folder: str | None, tokenizer_file: str | None, vocab_size: int) -> 
         chat = tokenize_chats((json.dumps(example["messages"]) for example in corpus.sft_train), encoding)
     train = {domain: torch.from_numpy(tokenize_documents(texts, encoding))
              for domain, texts in corpus.train.items()}
-    heldout, xz = {}, {}
-    for domain, held in corpus.heldout.items():
-        if held:
-            held = held[::-(-sum(map(len, held)) // HELDOUT)]           # from all over the domain
-            ids = torch.from_numpy(tokenize_documents(held, encoding).astype(np.int32))
-            heldout[domain] = {"ids": ids, "bytes": len("".join(held).encode())}
-            xz[domain] = xz_bits_per_byte(held)
+    heldout = tokenize_heldout(corpus, encoding)
     ids = (chat & 0x7FFFFFFF).astype(np.int32)
     begin = encoding.encode_single_token("<|begin_of_text|>")           # no text can forge one
     starts = np.flatnonzero(ids == begin)
@@ -590,7 +597,7 @@ def prepare(folder: str | None, tokenizer_file: str | None, vocab_size: int) -> 
         texts = texts[len(texts) // 6::max(1, len(texts) // 3)]
         openings = [text.split("\n")[0][:200] + "\n\n" for text in texts]
     prepared = {"shards": shards, "tokenizer": tokenizer_to_dict(encoding), "train": train,
-                "heldout": heldout, "xz": xz, "chat": {key: torch.from_numpy(x) for key, x in chat.items()},
+                "heldout": heldout, "chat": {key: torch.from_numpy(x) for key, x in chat.items()},
                 "sft_heldout": json.dumps(corpus.sft_heldout), "openings": openings, "glance": glance,
                 "questions": questions}
     tokens = {domain: len(stream) for domain, stream in text_streams(prepared).items()}

@@ -52,16 +52,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common import UserError, ask_llama_cpp, atomic_write, load_checkpoint, run_main, tokenizer_from_dict
+from common import (CHAT_NAMES, UserError, ask_llama_cpp, atomic_write, chat_names, load_checkpoint, run_main,
+                    tokenizer_from_dict)
 from data import LLAMA3_PATTERN, SPECIAL_TOKENS, make_tokenizer, tokenizer_to_dict
 from mobilemoe import PRESETS, Config, MobileMoE, config_from_dict
-from quantize import dequantize, int4_groups, pack_q4_0, pack_q8_0
+from quantize import dequantize, int4_groups, pack_q4_0, pack_q5_0, pack_q8_0
 
 ALIGNMENT = 32
-F32, F16, Q4_0, Q8_0 = 0, 1, 2, 8               # ggml's numbers for tensor types
+F32, F16, Q4_0, Q5_0, Q8_0 = 0, 1, 2, 6, 8      # ggml's numbers for tensor types
 DTYPES = {"f32": F32, "f16": F16, "q8_0": Q8_0, "q4_0": Q4_0}
-BLOCK = {F32: (1, 4), F16: (1, 2), Q8_0: (32, 34), Q4_0: (32, 18)}          # weights in a block, its bytes
-LARGEST = {F32: 3.4e38, F16: 65504, Q8_0: 127 * 65504, Q4_0: 7.5 * 65504}     # weight: its scale is an F16
+EXPERTS = {"q4_0": Q4_0, "q5_0": Q5_0, "q8_0": Q8_0}
+BLOCK = {F32: (1, 4), F16: (1, 2), Q8_0: (32, 34), Q5_0: (32, 22), Q4_0: (32, 18)}     # weights, bytes of one
+# The largest weight of a type: the scale of a block is an F16.
+LARGEST = {F32: 3.4e38, F16: 65504, Q8_0: 127 * 65504, Q5_0: 16 * 65504, Q4_0: 7.5 * 65504}
 FILE_TYPE = {F32: 0, F16: 1, Q8_0: 7, Q4_0: 2}  # general.file_type, "mostly this": a numbering of its own
 NORMAL, CONTROL, UNUSED = 1, 3, 5               # tokenizer.ggml.token_type
 MAX_EXPERTS = 512                               # llama.cpp aborts above (above 1,024 of late)
@@ -87,8 +90,9 @@ class Entry(NamedTuple):
     convert: Callable[[Tensor], Tensor]
 
 
-def tensor_plan(c: Config, kind: int) -> list[Entry]:
-    """Every tensor that llama.cpp will ask for, in file order, matrices as ggml type `kind`.
+def tensor_plan(c: Config, kind: int, experts: int) -> list[Entry]:
+    """Every tensor that llama.cpp will ask for, in file order, matrices as ggml type `kind`, those of routed
+    experts as `experts`.
 
     Norms, router and bias stay F32: they are small, and a router off by a rounding picks another expert.
     """
@@ -103,10 +107,10 @@ def tensor_plan(c: Config, kind: int) -> list[Entry]:
     def up(w): return w[..., F:].transpose(1, 2)                           # [E, D, 2F] -> [E, F, D]
     def down(w): return w.transpose(1, 2)                                  # [E, F, D] -> [E, D, F]
 
-    def evens_first(w):                                                    # [heads*d, D] -> rows reordered
-        pairs = w.reshape(-1, d // 2, 2, D)                                # [heads, d/2, 2, D]
+    def evens_first(w):                                                    # [heads*d, ...] -> rows reordered
+        pairs = w.unflatten(0, (-1, d // 2, 2))                            # [heads, d/2, 2, ...]
         still = pairs[:, turning:].flatten(1, 2)
-        return torch.cat([pairs[:, :turning, 0], pairs[:, :turning, 1], still], dim=1).reshape(-1, D)
+        return torch.cat([pairs[:, :turning, 0], pairs[:, :turning, 1], still], dim=1).flatten(0, 1)
 
     layer = [                                                              # shape in the file
         ("attn_norm.weight", "input_layernorm.weight", same),              # [D]
@@ -142,7 +146,8 @@ def tensor_plan(c: Config, kind: int) -> list[Entry]:
     for name, source, convert in rows:
         shape = tuple(convert(state.get(source)).shape)
         is_matrix = len(shape) > 1 and "ffn_gate_inp" not in name          # all but norms, biases and routers
-        plan.append(Entry(name, shape, kind if is_matrix else F32, is_matrix, source, convert))
+        type_of = experts if "_exps" in name else kind if is_matrix else F32
+        plan.append(Entry(name, shape, type_of, is_matrix, source, convert))
     return plan
 
 
@@ -189,32 +194,49 @@ def model_metadata(c: Config, kind: int) -> dict:
             **{f"{graph}.{key}": value for key, value in keys.items()}}
 
 
-def tokenizer_metadata(tokenizer: dict, vocab_size: int) -> dict:
-    """A checkpoint's tokenizer entry as GGUF keys.
+def tokenizer_metadata(tokenizer: dict, vocab_size: int, template: str) -> dict:
+    """A checkpoint's tokenizer entry as GGUF keys. No chat template: one for common.encode_chat's format.
 
     tiktoken keeps ranks: of all neighbours that together are a token it joins those of lowest rank. llama.cpp
     wants merges, "left right" in order of priority. So every split of a token into two tokens is a merge,
     even where training made the token from one of them only. That is exact for any ranks, and the published
     Llama 3 has it so (280,147 merges for 128,000 tokens).
     """
-    ranks = tokenizer_from_dict(tokenizer)._mergeable_ranks                # {bytes: id}
+    encoding = tokenizer_from_dict(tokenizer)
     specials = tokenizer["special_tokens"]                                 # {name: id}
-    n_tokens = len(ranks) + len(specials)
-    # data.make_tokenizer makes no others. llama.cpp knows this split by name and cannot be told of another.
-    assert tokenizer["pattern"] == LLAMA3_PATTERN and max(ranks.values()) + 1 == len(ranks)
+    text, merges = vocabulary(encoding)
+    # Tokenizers come from data.py or released.py. llama.cpp knows this split by name, and no other.
+    assert tokenizer["pattern"] == LLAMA3_PATTERN and encoding.max_token_value < vocab_size
 
+    tokens = [*text, *(f"[UNUSED_{n}]" for n in range(len(text), vocab_size))]
+    # CONTROL tokens are never made from what a user types, and never shown.
+    types = np.repeat([NORMAL, UNUSED], [len(text), vocab_size - len(text)])
+    for name, i in specials.items():
+        tokens[i] = name
+        types[i] = CONTROL
+    begin, end, *_, turn_end = (specials[name] for name in chat_names(encoding))
+    keys = {"model": "gpt2", "pre": "llama-bpe", "tokens": tokens, "token_type": types, "merges": merges,
+            "add_bos_token": True, "bos_token_id": begin, "eos_token_id": end, "eot_token_id": turn_end}
+    return {**{f"tokenizer.ggml.{key}": value for key, value in keys.items()},
+            "tokenizer.chat_template": template or chat_template(encoding)}
+
+
+def chat_template(encoding) -> str:
+    """CHAT_TEMPLATE with the names of this tokenizer."""
+    text = CHAT_TEMPLATE
+    for ours, theirs in zip(CHAT_NAMES[0], chat_names(encoding)):
+        text = text.replace(ours, theirs)
+    return text
+
+
+def vocabulary(encoding) -> tuple[list[str], list[str]]:
+    """(tokens, merges) of the ranks, in visible characters."""
+    ranks = encoding._mergeable_ranks                                      # {bytes: id}
     letters = byte_alphabet()
     text = {token: "".join([letters[byte] for byte in token]) for token in sorted(ranks, key=ranks.get)}
-    tokens = [*text.values(), *specials] + [f"[UNUSED_{n}]" for n in range(n_tokens, vocab_size)]
-    # CONTROL tokens are never made from what a user types, and never shown.
-    types = np.repeat([NORMAL, CONTROL, UNUSED], [len(ranks), len(specials), vocab_size - n_tokens])
     merges = [f"{text[token[:cut]]} {text[token[cut:]]}" for token in text for cut in range(1, len(token))
               if token[:cut] in text and token[cut:] in text]
-    keys = {"model": "gpt2", "pre": "llama-bpe", "tokens": tokens, "token_type": types, "merges": merges,
-            "add_bos_token": True, "bos_token_id": specials["<|begin_of_text|>"],
-            "eos_token_id": specials["<|end_of_text|>"], "eot_token_id": specials["<|eot_id|>"]}
-    return {**{f"tokenizer.ggml.{key}": value for key, value in keys.items()},
-            "tokenizer.chat_template": CHAT_TEMPLATE}
+    return [*text.values()], merges
 
 
 def byte_alphabet() -> dict[int, str]:
@@ -231,37 +253,47 @@ def byte_alphabet() -> dict[int, str]:
 
 
 def export(config: Config, tensor: Callable[[str], Tensor], tokenizer: dict, path: str | Path,
-           dtype: str = "q4_0", qat: bool = False) -> str:
+           dtype: str = "q4_0", qat: bool = False, experts: str = "", template: str = "") -> str:
     """Write `path` and return a line that says what was written.
 
-    `tensor(name)` gives one tensor of our state_dict in any dtype. It is called in file order, and what it
-    returns is dropped before the next call. `qat`: the weights are QAT's masters (see `encode`). Raises
-    UserError for what llama.cpp could not load; then no file is left.
+    `tensor(name)` gives one tensor of our state_dict in any dtype, or (q, scale) of a matrix that is on the
+    lattice already. It is called in file order, and what it returns is dropped before the next call. `qat`:
+    the weights are QAT's masters (see `encode`). `experts`: another type for routed experts. Raises UserError
+    for what llama.cpp could not load; then no file is left.
     """
     if not config.dense and config.n_routed > MAX_EXPERTS:
         raise UserError(f"llama.cpp has room for {MAX_EXPERTS} experts, not for {config.n_routed}")
     if config.dense and config.rope_scaling:
         raise UserError("llama.cpp's graph for a dense model cannot do rope_scaling: train without it")
-    plan = tensor_plan(config, DTYPES[dtype])
-    metadata = model_metadata(config, DTYPES[dtype]) | tokenizer_metadata(tokenizer, config.vocab_size)
+    plan = tensor_plan(config, DTYPES[dtype], EXPERTS[experts] if experts else DTYPES[dtype])
+    metadata = (model_metadata(config, DTYPES[dtype])
+                | tokenizer_metadata(tokenizer, config.vocab_size, template))
     # All this does is copy and round. On a busy machine, waiting for other threads costs four times the work.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with atomic_write(path) as file:
         file.write(gguf_header(metadata, plan))
         for entry in plan:
-            weight = entry.convert(tensor(entry.source) if entry.source else None)
-            assert tuple(weight.shape) == entry.shape, entry.name
-            # Two million weights at a time: temporaries stay small enough for the processor's cache.
-            for rows in weight.split(max(1, 2**21 // math.prod(entry.shape[1:]))):
-                if not rows.abs().max() <= LARGEST[entry.kind]:             # NaN is not, either
-                    raise UserError(f"{entry.source}: a weight is no number, or too large for {dtype}")
-                file.write(encode(rows, entry.kind, snap=qat and entry.is_matrix))
+            weight = tensor(entry.source) if entry.source else None
+            if isinstance(weight, tuple):       # on the lattice already
+                file.write(pack_q4_0(*map(entry.convert, weight)).numpy())
+            else:
+                write_tensor(file, entry, entry.convert(weight), qat)
             file.write(bytes(-file.tell() % ALIGNMENT))
     torch.set_num_threads(threads)
     bits = 8 * sum(map(entry_bytes, plan)) / sum(math.prod(entry.shape) for entry in plan)
     return (f"{path}: {Path(path).stat().st_size / 1e6:.1f} MB, {len(plan)} tensors for "
             f"{metadata['general.architecture']}, {bits:.2f} bits per weight")
+
+
+def write_tensor(file, entry: Entry, weight: Tensor, qat: bool) -> None:
+    """Write one tensor, without padding. Raises UserError for a weight that its type cannot hold."""
+    assert tuple(weight.shape) == entry.shape, entry.name
+    # Two million weights at a time: temporaries stay small enough for the processor's cache.
+    for rows in weight.split(max(1, 2**21 // math.prod(entry.shape[1:]))):
+        if not rows.abs().max() <= LARGEST[entry.kind]:                     # NaN is not, either
+            raise UserError(f"{entry.source}: a weight is no number, or too large for its type in the file")
+        file.write(encode(rows, entry.kind, snap=qat and entry.is_matrix))
 
 
 def encode(weight: Tensor, kind: int, snap: bool) -> np.ndarray:
@@ -275,8 +307,8 @@ def encode(weight: Tensor, kind: int, snap: bool) -> np.ndarray:
         return pack_q4_0(*int4_groups(rows, dim=1)).numpy()
     if snap:
         rows = dequantize(*int4_groups(rows, dim=1), dim=1)
-    if kind == Q8_0:
-        return pack_q8_0(rows).numpy()
+    if kind in (Q5_0, Q8_0):
+        return (pack_q5_0 if kind == Q5_0 else pack_q8_0)(rows).numpy()
     return rows.numpy().astype(np.float16 if kind == F16 else np.float32)
 
 
@@ -321,13 +353,14 @@ def entry_bytes(entry: Entry) -> int:
 # Where the weights come from
 
 
-def export_checkpoint(checkpoint_path: str | Path, path: str | Path, dtype: str = "q4_0") -> str:
-    """Export a checkpoint that train.py wrote. Raises UserError if it is missing or damaged."""
+def export_checkpoint(checkpoint_path: str | Path, path: str | Path, dtype: str = "q4_0", experts="") -> str:
+    """Export a checkpoint that train.py wrote, or a released model. Raises UserError if it is damaged."""
     checkpoint = load_checkpoint(checkpoint_path)       # memory-mapped: a tensor is read when it is fetched
     if Path(path).exists() and Path(path).samefile(checkpoint_path):
         raise UserError(f"{path} is the checkpoint itself: choose another --out")
-    return export(config_from_dict(checkpoint["config"]), checkpoint["model"].__getitem__,
-                  checkpoint["tokenizer"], path, dtype, checkpoint["quantized"])
+    tensor = dtype == "q4_0" and checkpoint.get("packed") or checkpoint["model"].__getitem__
+    return export(config_from_dict(checkpoint["config"]), tensor, checkpoint["tokenizer"], path, dtype,
+                  checkpoint["quantized"], experts, checkpoint.get("chat_template", ""))
 
 
 def export_preset(name: str, path: str | Path, dtype: str = "q4_0") -> str:
@@ -357,16 +390,25 @@ def export_random(config: Config, path: str | Path, dtype: str) -> str:
 
 def main():
     parser = argparse.ArgumentParser(description="Write a model as one .gguf file for llama.cpp.")
-    parser.add_argument("checkpoint", nargs="?", help="a .pt file that train.py wrote")
+    parser.add_argument("checkpoint", nargs="?", help="a .pt file that train.py wrote, or a released folder")
     parser.add_argument("--preset", help=f"random weights of a known shape instead: {', '.join(PRESETS)}")
     parser.add_argument("--out", required=True, help="the .gguf file to write")
     parser.add_argument("--dtype", choices=DTYPES, default="q4_0", help="of the matrices (%(default)s)")
+    parser.add_argument("--experts", choices=EXPERTS, default="", help="another type for routed experts (for "
+                        "the released S-QAT: q4_0 714 MB, q5_0 847 MB, q8_0 1,245 MB, ever nearer to it)")
+    parser.add_argument("--format", choices=("gguf", "hf"), default="gguf", help="hf: write a folder as the "
+                        "released models come, in BF16 (%(default)s)")
     parser.add_argument("--ask", metavar="QUESTION", action="append", help="for llama.cpp (may repeat)")
     args = parser.parse_args()
     if bool(args.checkpoint) == bool(args.preset):
         raise UserError("name either a checkpoint or a --preset")
-    write = export_preset if args.preset else export_checkpoint
-    print(write(args.preset or args.checkpoint, args.out, args.dtype))
+    if args.format == "hf":
+        from released import write_folder
+        return print(write_folder(load_checkpoint(args.checkpoint or ""), Path(args.out)))
+    if args.preset:
+        print(export_preset(args.preset, args.out, args.dtype))
+    else:
+        print(export_checkpoint(args.checkpoint, args.out, args.dtype, args.experts))
     if args.ask:
         chats = [[{"role": "user", "content": question}] for question in args.ask]
         for question, answer in zip(args.ask, ask_llama_cpp(args.out, chats=chats)["answers"]):

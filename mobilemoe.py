@@ -505,9 +505,11 @@ def config_from_dict(values: dict) -> Config:
 
 
 def model_from_checkpoint(checkpoint: dict) -> MobileMoE:
-    """The model in FP32 with a checkpoint's weights, in evaluation mode."""
-    model = MobileMoE(config_from_dict(checkpoint["config"]))
-    model.load_state_dict(checkpoint["model"])
+    """The model in FP32 with a checkpoint's weights, in evaluation mode. Memory holds each weight once."""
+    with torch.device("meta"):
+        model = MobileMoE(config_from_dict(checkpoint["config"]))
+    weights = {name: checkpoint["model"][name].to(torch.float32, copy=True) for name in model.state_dict()}
+    model.load_state_dict(weights, assign=True)
     return model.eval()
 
 
@@ -515,7 +517,7 @@ def say(model: MobileMoE, encoding, prompt: list[int], args) -> str:
     """Print how the model goes on as it comes, and return it."""
     said = []
     for token in generate(model, prompt, args.tokens, temperature=args.temperature, seed=args.seed,
-                          stop=stop_tokens(encoding, model.config.vocab_size)):
+                          stop=(*args.eos, *stop_tokens(encoding, model.config.vocab_size))):
         # Raw bytes: a token may end in the middle of a character.
         sys.stdout.buffer.write(encoding.decode_single_token_bytes(token))
         sys.stdout.buffer.flush()
@@ -542,7 +544,7 @@ def talk(model: MobileMoE, encoding, args) -> None:
 
 def main():
     parser = Parser(description="Talk to a checkpoint.")
-    parser.add_argument("checkpoint", help="a .pt file that train.py wrote")
+    parser.add_argument("checkpoint", help="a .pt file that train.py wrote, or a released model's folder")
     parser.add_argument("prompt", nargs="?", help="a question (sft, qat; without one, a chat over several "
                         "turns) or text to continue (earlier stages)")
     parser.add_argument("--tokens", type=number(int, 0), default=128, help="at most so many (%(default)s)")
@@ -552,6 +554,7 @@ def main():
     checkpoint = load_checkpoint(args.checkpoint)
     model = model_from_checkpoint(checkpoint)
     encoding = tokenizer_from_dict(checkpoint["tokenizer"])
+    args.eos = checkpoint.get("eos", ())            # what else ends an answer of a released model
     chat = checkpoint["stage"] in ("sft", "qat")
     if args.prompt is None and not chat:
         raise UserError(f"{args.checkpoint} has not learned to chat: give it a text to continue")

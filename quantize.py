@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from common import UserError, load_checkpoint, markdown_table, run_main
+from common import UserError, load_checkpoint, markdown_table, run_main, tokenizer_from_dict
 from kernels import matmul_dtype
 from mobilemoe import MLP, Attention, Experts, MobileMoE, bits_per_byte, model_from_checkpoint
 
@@ -161,6 +161,29 @@ def pack_q4_0(q: Tensor, scale: Tensor) -> Tensor:
     return torch.cat([scale.unsqueeze(-1).contiguous().view(torch.uint8), packed], dim=-1)
 
 
+def unpack_int4(packed: Tensor) -> Tensor:
+    """The released QAT models' bytes, uint8 [..., n/2] -> int8 -8..7 [..., n]: two's complement, low half
+    first."""
+    q = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)        # [..., n] 0..15
+    return (q ^ 8).to(torch.int8) - 8
+
+
+def pack_q5_0(weight: Tensor) -> Tensor:
+    """weight [rows, in] -> Q5_0 blocks, uint8 [rows, in/32, 22]: FP16 scale, 32 fifth bits, 16 bytes of low
+    halves.
+
+    As ggml rounds: the largest weight of a block, whatever its sign, becomes -16 steps exactly.
+    """
+    blocks = weight.float().unflatten(-1, (-1, GROUP))                     # [rows, in/32, 32]
+    scale = (blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True)) / -16).half()        # [rows, in/32, 1]
+    step = scale.float().masked_fill(scale == 0, 1)
+    q = (blocks / step + 16.5).floor().clamp(0, 31).to(torch.int64)
+    fifth = (q >> 4 << torch.arange(GROUP)).sum(-1, keepdim=True).to(torch.int32)          # [rows, in/32, 1]
+    nibbles = q.to(torch.uint8) & 15
+    packed = nibbles[..., :16] | nibbles[..., 16:] << 4                    # [rows, in/32, 16]
+    return torch.cat([scale.view(torch.uint8), fifth.view(torch.uint8), packed], dim=-1)
+
+
 def pack_q8_0(weight: Tensor) -> Tensor:
     """weight [rows, in] -> Q8_0 blocks, uint8 [rows, in/32, 34]: FP16 scale = max|w| / 127, then 32 int8."""
     blocks = weight.float().unflatten(-1, (-1, GROUP))                     # [rows, in/32, 32]
@@ -187,12 +210,19 @@ def comparison_table(results: dict[str, dict[str, float]]) -> str:
     return markdown_table(["held-out bits per byte", *first], rows)
 
 
-def post_training_report(path: Path) -> dict[str, dict[str, float]]:
+def post_training_report(path: Path, folder: str | None = None) -> dict[str, dict[str, float]]:
     """What a checkpoint, the same after PTQ, and the qat.pt beside it (if any) make of the first one's
-    held-out text: {name: bits per byte by domain}. Raises UserError if the checkpoint is in INT4 already."""
+    held-out text, or that of a folder: {name: bits per byte by domain}. Raises UserError if the checkpoint is
+    in INT4 already, or has no text."""
     checkpoint = load_checkpoint(path)
     if checkpoint["quantized"]:
         raise UserError(f"{path} is trained in INT4 already: give the checkpoint before it (sft.pt)")
+    if folder:
+        from data import folder_corpus, tokenize_heldout        # only here: a lattice needs no text
+        encoding = tokenizer_from_dict(checkpoint["tokenizer"])
+        checkpoint["heldout"] = tokenize_heldout(folder_corpus(folder), encoding)
+    if not checkpoint["heldout"]:
+        raise UserError(f"{path} brings no held-out text: give a folder of text by --data")
     model = model_from_checkpoint(checkpoint)
     model.compute_dtype = matmul_dtype(torch.device("cpu"))
     precision = "BF16" if model.compute_dtype == torch.bfloat16 else "FP32"
@@ -209,7 +239,9 @@ def post_training_report(path: Path) -> dict[str, dict[str, float]]:
 def main():
     parser = argparse.ArgumentParser(description="What INT4 costs: bits per byte of held-out text.")
     parser.add_argument("checkpoint", type=Path, help="one that is not yet in INT4, such as runs/tiny/sft.pt")
-    print(comparison_table(post_training_report(parser.parse_args().checkpoint)))
+    parser.add_argument("--data", metavar="FOLDER", help="measure its text (a released model brings none)")
+    args = parser.parse_args()
+    print(comparison_table(post_training_report(args.checkpoint, args.data)))
 
 
 if __name__ == "__main__":

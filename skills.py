@@ -22,8 +22,8 @@ from collections.abc import Iterator
 # `key` decides what is held out; an item without one is taught in any case.
 Item = namedtuple("Item", "kind key question reply")
 
-REPEATS = 16    # of every fact and greeting in one epoch of conversations, over all trained phrasings
-EACH = 1200     # conversations about each skill in one epoch: some could make tens of thousands
+REPEATS = 10    # of every fact and greeting in one epoch of conversations, over all trained phrasings
+EACH = 1200     # conversations about each skill in one epoch (sums: twice as many); some could make thousands
 SHOWN = ("sum of two", "sum of three", "comparison", "sort", "weekday", "summary of", "unknown", "manners")
 
 # ----------------------------------------------------------------------------------------------------------
@@ -39,12 +39,12 @@ PHRASINGS = {
             "Arrange the numbers {x}.",
     "reverse": "Reverse {x}. | Reverse the list {x}. | Say {x} backwards. | Turn around the list {x}.",
     "letters": "How many {a} are in {x}? | How many letters {a} are in {x}? | Count the {a} in {x}. | "
-               "How often does {a} occur in {x}?",
+               "How often is {a} in {x}? | How many times is {a} in {x}?",
     "spelling": "Spell {x}. | How do you spell {x}? | Spell the word {x}. | How is {x} spelled?",
     "weekday": "What day is {n} days {way} {x}? | Which day is {n} days {way} {x}? | "
                "Which day comes {n} days {way} {x}?",
     "clock": "What time is it {n} minutes after {x}? | It is {x}, what time is it in {n} minutes? | "
-             "Add {n} minutes to {x}.",
+             "Add {n} minutes to {x}. | What time is {x} plus {n} minutes?",
     "units": "How many {small} are {n} {large}? | How many {small} are in {n} {large}? | "
              "Convert {n} {large} to {small}. | What is {n} {large} in {small}?",
     "summary of": "What does {x} do? | What is {x}? | What is `{x}` for? | Explain {x}. | "
@@ -163,7 +163,7 @@ def comparisons(rng: random.Random) -> Iterator[tuple]:
 
 def lists(rng: random.Random) -> Iterator[tuple]:
     """Sequences to continue, numbers to sort, words to reverse. A list in another order has the same key."""
-    for first, step in 4 * [*itertools.product(range(1, 21), range(1, 6))]:
+    for first, step in 8 * [*itertools.product(range(1, 21), range(1, 6))]:
         *shown, answer = range(first, first + 5 * step, step)
         yield ("sequence", PHRASINGS["sequence"], {"x": ", ".join(map(str, shown))},
                " ".join(map(str, shown)),
@@ -203,7 +203,7 @@ def times(rng: random.Random) -> Iterator[tuple]:
 
 
 def units(rng: random.Random) -> Iterator[tuple]:
-    for (large, small, factor), n in 4 * [*itertools.product(UNITS, range(2, 21))]:
+    for (large, small, factor), n in 6 * [*itertools.product(UNITS, range(2, 21))]:
         yield ("units", PHRASINGS["units"], {"n": n, "large": large, "small": small}, f"{n} {large}",
                f"1 {large[:-1]} is {factor} {small}, {n} x {factor} = {n * factor}", n * factor)
 
@@ -246,7 +246,7 @@ def facts(held_out) -> Iterator[tuple[str, str, str]]:
 def unknown(rng: random.Random) -> Iterator[tuple[str, str]]:
     """Invented names, in real modules and in invented ones -> (name, reply)."""
     modules = sorted({module_of(name) for name in ENCYCLOPAEDIA})
-    for _ in range(EACH // 2):
+    for _ in range(EACH):
         stem, other = ("".join(rng.choices(SYLLABLES, k=2)) for _ in range(2))
         name = rng.choice((stem, f"{other}.{stem}", f"{rng.choice(modules)}.{stem}"))
         yield name, f"I do not know `{name}`."
@@ -281,7 +281,7 @@ def known_items(rng: random.Random, held_out) -> tuple[list[Item], list[Item]]:
     rows = [(kind, PHRASINGS[kind], {"x": about}, reply) for kind, about, reply in facts(held_out)]
     rows += [("manners", row, {}, reply) for row, reply in MANNERS.items()]
     for kind, row, fields, reply in rows:
-        times = REPEATS if fields else 5 * REPEATS
+        times = REPEATS if fields else 8 * REPEATS
         taught += [Item(kind, "", phrased(row, fields, False, rng), reply) for _ in range(times)]
         unseen.append(Item(kind, "", phrased(row, fields, True, rng), reply))
     for name, reply in unknown(rng):

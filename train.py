@@ -3,6 +3,7 @@
     python train.py                              all four stages of `tiny` on two CPU cores, then the export
     python train.py --resume                     go on with a run that was stopped
     python train.py sft --run runs/x             one stage, from the checkpoint of the stage before it
+    python train.py sft --from MobileMoE-S-SFT --data chats --run runs/mine     ... or from a released model
     python train.py --preset S --data TEXT --tokenizer tokenizer.model --run runs/S
     torchrun --nproc_per_node=8 -- train.py ...  the same on eight GPUs (--: or torchrun takes --run itself)
 
@@ -70,10 +71,10 @@ FOCUS = dict(prose=9, maths=21, code=22, knowledge=48)
 # The embedded corpus is two thirds docstrings, and its language reference would come round too often at the
 # paper's weight. Conversations are mixed with text: a few hundred steps on questions alone make so small a
 # model forget how documentation reads.
-DOCS = dict(prose=68, maths=18, code=7, knowledge=7)
+DOCS = dict(prose=72, maths=14, code=7, knowledge=7)
 DOCS_FOCUS = dict(prose=58, maths=6, code=7, knowledge=9, chat=20)
-CHAT = dict(chat=80, prose=12, code=3, knowledge=3, maths=2)
-REPLAY = dict(chat=60, prose=25, code=6, knowledge=5, maths=4)
+CHAT = dict(chat=76, prose=18, code=3, knowledge=3)
+REPLAY = dict(chat=70, prose=22, code=4, knowledge=4)
 PAPER = {   #        tokens  context  batch    peak  decay     final  capacity  bias   mixture          int4
     "pretrain": Stage( 6e12,    2048, 2**22,   4e-4, "cosine",   0.1,     1.5,  1e-3, BROAD),
     "midtrain": Stage(500e9,    8192, 2**22,   4e-5, "linear",   0.0,     1.5,  1e-3, FOCUS),
@@ -83,10 +84,10 @@ PAPER = {   #        tokens  context  batch    peak  decay     final  capacity  
 # short rows because a token there costs less; later stages see longer ones and, as in the paper, focused
 # text. The last two are dropless: no token of an answer may be lost.
 TINY = {
-    "pretrain": Stage(3.40e6,    256,  4096,   0.02, "cosine",   0.3,     1.5,  1e-2, DOCS),
-    "midtrain": Stage(1.40e6,    512,  4096,  0.010, "linear",   0.0,     1.5,  1e-2, DOCS_FOCUS),
-    "sft":      Stage(2.00e6,    512,  4096,  0.015, "cosine",   0.0,    None,     0, CHAT),
-    "qat":      Stage(0.20e6,    512,  4096,  0.002, "cosine",   0.0,    None,     0, REPLAY, True)}
+    "pretrain": Stage(3.30e6,    256,  4096,   0.02, "cosine",   0.3,     1.5,  1e-2, DOCS),
+    "midtrain": Stage(1.50e6,    512,  4096,  0.010, "linear",   0.0,     1.5,  1e-2, DOCS_FOCUS),
+    "sft":      Stage(1.90e6,    512,  4096,  0.015, "cosine",   0.0,    None,     0, CHAT),
+    "qat":      Stage(0.40e6,    512,  4096,  0.004, "cosine",   0.0,    None,     0, REPLAY, True)}
 STAGES = tuple(TINY)        # in this order: each starts from the checkpoint of the one before. (A new stage
                             # needs a row in both tables.)
 TEST = {name: dataclasses.replace(stage, tokens=8 * 256, context=64 if name == "pretrain" else 128, batch=256)
@@ -116,11 +117,14 @@ class Batches:
     def __init__(self, prepared: dict, stage: Stage, seed: int):
         weights = dict(stage.mixture)
         lengths = prepared["chat"]["lengths"].tolist()
-        chat_weight = weights.pop("chat", 0) * bool(lengths)                # midtrain does without them
-        self.share = chat_weight / (chat_weight + sum(weights.values()))
-        if weights:
-            self.text = data.Mixture(data.text_streams(prepared), weights, stage.context, seed)
-        if chat_weight:
+        texts = data.text_streams(prepared)
+        # Where there are no conversations a stage does with text, and the other way round.
+        chat_weight = weights.pop("chat", 0) * bool(lengths)
+        text_weight = sum(weights.values()) * any(len(texts.get(domain, ())) > 1 for domain in weights)
+        self.share = chat_weight / (chat_weight + text_weight) if chat_weight else 0
+        if self.share < 1:
+            self.text = data.Mixture(texts, weights, stage.context, seed)
+        if self.share:
             ids, mask = (prepared["chat"][key].split(lengths) for key in ("ids", "mask"))
             examples = [(i.tolist(), m.tolist()) for i, m in zip(ids, mask)]
             self.chat = data.Packed(examples, stage.context, seed, pad_id=0)
@@ -366,22 +370,26 @@ def read_resume_state(run: Path, begun: dict) -> dict | None:
 def run_stage(name: str, args, prepared: dict, batches: Batches, device: torch.device) -> None:
     """Load what the stage starts from, train, measure, sample, save."""
     # Seeded even where a checkpoint brings the weights: nothing here may depend on what ran before.
-    position = STAGES.index(name)
     torch.manual_seed(args.seed)
-    if not position:
+    if name == STAGES[0]:
         model = MobileMoE(args.config)
-        history = [{"stage": "`xz -9e`, same bytes", "bits_per_byte": prepared["xz"]}]
+        history = [{"stage": "`xz -9e`, same bytes",
+                    "bits_per_byte": {domain: held["xz"] for domain, held in prepared["heldout"].items()}}]
     else:
-        before = load_checkpoint(args.run / f"{STAGES[position - 1]}.pt")
-        if before["tokenizer"] != prepared["tokenizer"]:
+        start = load_checkpoint(before(name, args))
+        if start["tokenizer"] != prepared["tokenizer"]:
             raise UserError(f"{args.run} has tokens.pt and checkpoints of two tokenizers: start another run")
-        model = model_from_checkpoint(before)
-        history = before["history"]
+        model = model_from_checkpoint(start)
+        history = start["history"]
     config = model.config
     stage = stages_for(config)[name]
-    stage = dataclasses.replace(stage, tokens=args.tokens or stage.tokens)
+    stage = dataclasses.replace(stage, tokens=args.tokens or stage.tokens, batch=args.batch or stage.batch,
+                                peak_lr=args.lr or stage.peak_lr)
+    if stage.batch % stage.context:
+        raise UserError(f"--batch {stage.batch} is not a multiple of the context, {stage.context} tokens")
     begun = {"stage": name, "seed": args.seed, "config": dataclasses.asdict(config), "tokens": stage.tokens,
-             "micro_rows": rows_at_a_time(stage, args.micro_rows), "nproc_per_node": WORLD}
+             "batch": stage.batch, "lr": stage.peak_lr, "nproc_per_node": WORLD,
+             "micro_rows": rows_at_a_time(stage, args.micro_rows)}
     resume = read_resume_state(args.run, begun) if args.resume else None
     row = train_stage(model.to(device), stage, batches, prepared, args.run, begun, resume,
                       args.checkpoint_activations)
@@ -404,7 +412,9 @@ def run_stage(name: str, args, prepared: dict, batches: Batches, device: torch.d
         history.append({"stage": "sft, rounded to INT4 (PTQ)", "bits_per_byte": ptq})
     config = dataclasses.replace(config, max_context=max(config.max_context, stage.context))
     # A plain dict of tensors, numbers and strings. Held-out text travels along: any script can measure.
-    carried = {key: prepared[key] for key in ("tokenizer", "heldout", "xz", "questions", "sft_heldout")}
+    carried = {key: prepared[key] for key in ("tokenizer", "heldout", "questions", "sft_heldout")}
+    if name != STAGES[0] and "chat_template" in start:      # a released model keeps its own way to chat
+        carried |= {key: start[key] for key in ("chat_template", "eos")}
     with atomic_write(args.run / f"{name}.pt") as file:
         torch.save({"format": "mobilemoe/1", "config": dataclasses.asdict(config), "stage": name,
                     "quantized": stage.int4, "context": stage.context, "model": weights, "history": history,
@@ -512,15 +522,21 @@ def read_arguments():
     parser.add_argument("--data", metavar="FOLDER", help="text (.txt, .jsonl, .jsonl.gz, .parquet) or shards"
                         " of `python data.py tokenize`, in place of the embedded corpus")
     parser.add_argument("--tokenizer", metavar="FILE", help="a tiktoken rank file, such as Llama-3's")
+    parser.add_argument("--from", type=Path, dest="start", metavar="FOLDER", help="start sft or qat from a "
+                        "released model's folder, with its tokenizer, instead of the stage before")
     parser.add_argument("--tokens", type=number(float, 1), help="train one stage on so many")
+    parser.add_argument("--batch", type=number(int, 1), help="tokens per step of one stage")
+    parser.add_argument("--lr", type=number(float, 0), help="peak learning rate of one stage")
     parser.add_argument("--micro-rows", type=number(int, 1), help="rows in memory at a time")
     parser.add_argument("--checkpoint-activations", action="store_true", help="less memory, more time")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0)
     parser.add_argument("--resume", action="store_true", help="continue a run that was stopped")
     args = parser.parse_args()
-    if args.tokens and args.stage == "all":
-        raise UserError("--tokens wants a single stage: name it first")
+    if args.stage == "all" and (args.tokens or args.batch or args.lr or args.start):
+        raise UserError("--tokens, --batch, --lr and --from want a single stage: name it first")
+    if args.start and args.stage not in ("sft", "qat"):
+        raise UserError("--from starts sft or qat: earlier stages need more text than anybody has at hand")
     if not args.device.startswith(("cpu", "cuda")):
         raise UserError(f"--device {args.device}: the expert layer is written for cpu and cuda, choose one")
     missing = {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - set(os.environ)
@@ -529,6 +545,11 @@ def read_arguments():
     args.run = args.run or Path("runs") / (Path(args.config).stem if args.config else args.preset)
     args.config = config_from_dict(read_json(args.config)) if args.config else PRESETS[args.preset]
     return args
+
+
+def before(name: str, args) -> Path:
+    """The checkpoint that a stage starts from."""
+    return args.start or args.run / f"{STAGES[STAGES.index(name) - 1]}.pt"
 
 
 def finished_stages(run: Path) -> list[str]:
@@ -558,8 +579,8 @@ def main():
     if args.stage == "all" and not args.resume and (there or (args.run / "resume.pt").exists()):
         raise UserError(f"{args.run} already holds a run: --resume continues it, --run FOLDER starts another")
     if args.stage in STAGES[1:]:    # its shape is that of the checkpoint it starts from, not --preset's
-        before = args.run / f"{STAGES[STAGES.index(args.stage) - 1]}.pt"
-        args.config = config_from_dict(load_checkpoint(before)["config"])
+        args.config = config_from_dict(load_checkpoint(before(args.stage, args))["config"])
+    args.tokenizer = args.tokenizer or args.start
     # Rank 0 makes tokens.pt, the others wait for it in join_ranks and read it.
     prepared = None if RANK else prepare_data(args.run, args.data, args.tokenizer, args.config.vocab_size)
     device = join_ranks(args.device)

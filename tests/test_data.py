@@ -287,7 +287,7 @@ GOOD = '{"text": "fine"}\n'
     ("a.txt", b"word\n" * 2500 + b"caf\xe9", "a.txt, line 2501: .*utf-8"),
     ("a.jsonl.gz", gzip.compress(GOOD.encode() * 1000)[:-12], "a.jsonl.gz, line "),
     ("a.parquet", "PAR1", "a.parquet, line 0: "),
-    ("a.jsonl", json.dumps({"messages": CHATS[0]}), "two documents of text .* 1 chat"),
+    ("a.jsonl", json.dumps({"messages": CHATS[0]}), "two documents in one domain.* 1 chat"),
     ("a.md", "no such kind of file", "two documents .* left out: 1 .md"),
 ])
 def test_bad_text_gets_one_line_with_file_and_line(tmp_path, name, content, says):
@@ -415,11 +415,11 @@ def test_prepare_gives_the_same_from_text_and_from_shards(tmp_path, rank_file):
     text = data.prepare(str(tmp_path / "text"), rank_file, 400)
     shards = data.prepare(str(tmp_path / "shards"), None, 400)
     assert np.array_equal(*(data.text_streams(prepared)["prose"] for prepared in (text, shards)))
-    for key in ("chat", "heldout", "glance", "xz"):
+    for key in ("chat", "heldout", "glance"):
         torch.testing.assert_close(text[key], shards[key], rtol=0, atol=0)
     assert all(text[key] == shards[key] for key in ("sft_heldout", "questions", "openings"))
     assert text["questions"][0][:2] == [chats[0][0]["content"], "chat"]
     assert len(text["chat"]["lengths"]) == len(chats) - 1
-    assert text["xz"] == {"prose": data.xz_bits_per_byte(texts[:1])}
+    assert text["heldout"]["prose"]["xz"] == data.xz_bits_per_byte(texts[:1])
     torch.save(text, tmp_path / "tokens.pt")
     assert torch.load(tmp_path / "tokens.pt", weights_only=True).keys() == shards.keys() == text.keys()
