@@ -68,13 +68,14 @@ class Stage:
 # The paper's domains: web is prose here, knowledge includes science.
 BROAD = dict(prose=62, maths=11.6, code=10, knowledge=16.4)
 FOCUS = dict(prose=9, maths=21, code=22, knowledge=48)
-# The embedded corpus is two thirds docstrings, and its language reference would come round too often at the
+# The embedded corpus is mostly docstrings, and its language reference would come round too often at the
 # paper's weight. Conversations are mixed with text: a few hundred steps on questions alone make so small a
-# model forget how documentation reads.
+# model forget how documentation reads. They begin in mid-training, at a high rate, where skills are learned
+# fastest.
 DOCS = dict(prose=72, maths=14, code=7, knowledge=7)
 DOCS_FOCUS = dict(prose=58, maths=6, code=7, knowledge=9, chat=20)
 CHAT = dict(chat=76, prose=18, code=3, knowledge=3)
-REPLAY = dict(chat=70, prose=22, code=4, knowledge=4)
+REPLAY = dict(chat=60, prose=30, code=5, knowledge=5)
 PAPER = {   #        tokens  context  batch    peak  decay     final  capacity  bias   mixture          int4
     "pretrain": Stage( 6e12,    2048, 2**22,   4e-4, "cosine",   0.1,     1.5,  1e-3, BROAD),
     "midtrain": Stage(500e9,    8192, 2**22,   4e-5, "linear",   0.0,     1.5,  1e-3, FOCUS),
@@ -87,7 +88,7 @@ TINY = {
     "pretrain": Stage(3.30e6,    256,  4096,   0.02, "cosine",   0.3,     1.5,  1e-2, DOCS),
     "midtrain": Stage(1.50e6,    512,  4096,  0.010, "linear",   0.0,     1.5,  1e-2, DOCS_FOCUS),
     "sft":      Stage(1.90e6,    512,  4096,  0.015, "cosine",   0.0,    None,     0, CHAT),
-    "qat":      Stage(0.40e6,    512,  4096,  0.004, "cosine",   0.0,    None,     0, REPLAY, True)}
+    "qat":      Stage(0.30e6,    512,  4096,  0.002, "cosine",   0.0,    None,     0, REPLAY, True)}
 STAGES = tuple(TINY)        # in this order: each starts from the checkpoint of the one before. (A new stage
                             # needs a row in both tables.)
 TEST = {name: dataclasses.replace(stage, tokens=8 * 256, context=64 if name == "pretrain" else 128, batch=256)
