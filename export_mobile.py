@@ -65,7 +65,8 @@ EXPERTS = {"q4_0": Q4_0, "q5_0": Q5_0, "q8_0": Q8_0}
 BLOCK = {F32: (1, 4), F16: (1, 2), Q8_0: (32, 34), Q5_0: (32, 22), Q4_0: (32, 18)}     # weights, bytes of one
 # The largest weight of a type: the scale of a block is an F16.
 LARGEST = {F32: 3.4e38, F16: 65504, Q8_0: 127 * 65504, Q5_0: 16 * 65504, Q4_0: 7.5 * 65504}
-FILE_TYPE = {F32: 0, F16: 1, Q8_0: 7, Q4_0: 2}  # general.file_type, "mostly this": a numbering of its own
+# general.file_type, "mostly this": a numbering of its own
+FILE_TYPE = {F32: 0, F16: 1, Q8_0: 7, Q5_0: 8, Q4_0: 2}
 NORMAL, CONTROL, UNUSED = 1, 3, 5               # tokenizer.ggml.token_type
 MAX_EXPERTS = 512                               # llama.cpp aborts above (above 1,024 of late)
 ROPE_ORIGINAL_CONTEXT = 8192                    # of the released rope_scaling
@@ -166,7 +167,7 @@ def rotated_pairs(c: Config) -> int:
 # What goes into the file: key/value pairs
 
 
-def model_metadata(c: Config, kind: int) -> dict:
+def model_metadata(c: Config, kind: int, experts: int) -> dict:
     """The keys that describe the model. llama.cpp lists them in gguf-py/gguf/constants.py."""
     pairs = rotated_pairs(c)
     keys = {
@@ -190,6 +191,7 @@ def model_metadata(c: Config, kind: int) -> dict:
     size = f"{c.total_params() / 1e6:.0f}M" + ("" if c.dense else f"-A{c.active_params() / 1e6:.0f}M")
     return {"general.architecture": graph, "general.type": "model", "general.name": f"MobileMoE {size}",
             "general.size_label": size, "general.file_type": FILE_TYPE[kind],
+            "mobilemoe.expert_file_type": FILE_TYPE[experts],              # (for profile_device.py)
             "general.quantization_version": 2, "general.alignment": ALIGNMENT,
             **{f"{graph}.{key}": value for key, value in keys.items()}}
 
@@ -265,9 +267,9 @@ def export(config: Config, tensor: Callable[[str], Tensor], tokenizer: dict, pat
         raise UserError(f"llama.cpp has room for {MAX_EXPERTS} experts, not for {config.n_routed}")
     if config.dense and config.rope_scaling:
         raise UserError("llama.cpp's graph for a dense model cannot do rope_scaling: train without it")
-    plan = tensor_plan(config, DTYPES[dtype], EXPERTS[experts] if experts else DTYPES[dtype])
-    metadata = (model_metadata(config, DTYPES[dtype])
-                | tokenizer_metadata(tokenizer, config.vocab_size, template))
+    kinds = DTYPES[dtype], EXPERTS[experts] if experts else DTYPES[dtype]
+    plan = tensor_plan(config, *kinds)
+    metadata = model_metadata(config, *kinds) | tokenizer_metadata(tokenizer, config.vocab_size, template)
     # All this does is copy and round. On a busy machine, waiting for other threads costs four times the work.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

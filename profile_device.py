@@ -54,8 +54,8 @@ class Model:
         from export_mobile import Q4_0, entry_bytes, tensor_plan
         self.path = path
         self.name = path.stem
-        self.config, kind = read_config(path)
-        plan = tensor_plan(self.config, kind)
+        self.config, *kinds = read_config(path)
+        plan = tensor_plan(self.config, *kinds)
         size = {entry.name: entry_bytes(entry) for entry in plan}
         self.weight_bytes = sum(size.values())
         # A runtime that repacks copies the Q4_0 matrices into an order that suits the processor. It looks
@@ -85,7 +85,8 @@ class Model:
 
 
 def read_config(path: Path):
-    """-> (Config, ggml type of the matrices). Raises UserError if export_mobile.py did not write the file.
+    """-> Config, ggml types of matrices and of experts. Raises UserError if export_mobile.py did not write
+    the file.
 
     The way back of export_mobile.model_metadata, as far as sizes go: RoPE and the like cost nothing.
     """
@@ -103,7 +104,8 @@ def read_config(path: Path):
             vocab_size=key["vocab_size"], max_context=key["context_length"], granularity=g,
             # Of n_experts * g experts, a shared one takes the place of g/2.
             n_experts=-(-E // g), shared_expert=E % g > 0, top_k=key.get("expert_used_count", 1))
-        return config, {number: kind for kind, number in FILE_TYPE.items()}[key["file_type"]]
+        kinds = {number: kind for kind, number in FILE_TYPE.items()}
+        return config, kinds[key["file_type"]], kinds[key["expert_file_type"]]
     except (KeyError, OSError):
         raise UserError(f"{path} is neither a file by export_mobile.py nor one of {[*PRESETS]}") from None
 

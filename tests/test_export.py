@@ -68,7 +68,7 @@ def test_official_reader_reads_every_field(exported, encoding):
     types = fields["tokenizer.ggml.token_type"]
     assert [types.count(kind) for kind in (1, 3, 5)] == [VOCAB - len(SPECIAL_TOKENS), len(SPECIAL_TOKENS), 32]
     assert len(set(fields["tokenizer.ggml.tokens"])) == len(types) == TEST.vocab_size
-    plan = export_mobile.tensor_plan(TEST, export_mobile.Q4_0)
+    plan = export_mobile.tensor_plan(TEST, export_mobile.Q4_0, export_mobile.Q4_0)
     found = [(tensor.name, tuple(tensor.shape[::-1]), tensor.tensor_type) for tensor in reader.tensors]
     assert found == [(entry.name, entry.shape, entry.kind) for entry in plan]
 
