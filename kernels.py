@@ -19,7 +19,6 @@ Shapes: the alphabet of mobilemoe.py, and S tokens attended to, R = H/K query he
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,13 +26,13 @@ from torch import Tensor
 
 
 def matmul_dtype(device: torch.device) -> torch.dtype:
-    """BF16 where the hardware multiplies it faster than FP32: CUDA 8.0, AMX, AVX512-BF16. FP32 elsewhere."""
+    """BF16 where the hardware multiplies it faster than FP32: AMX, AVX512-BF16, CUDA from compute capability
+    8.0 (Ampere). FP32 elsewhere: an older GPU only imitates BF16."""
     if device.type == "cuda":
-        native = torch.cuda.get_device_capability(device) >= (8, 0)
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
-        native = (device.type != "cpu" or torch.cpu._is_amx_tile_supported()
-                  or torch.cpu._is_avx512_bf16_supported())
-    return torch.bfloat16 if native else torch.float32
+        fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
 
 # ----------------------------------------------------------------------------------------------------------
 # RMS norm
@@ -65,6 +64,8 @@ def rms_norm(x: Tensor, eps: float) -> Tensor:
 # ----------------------------------------------------------------------------------------------------------
 # Attention
 
+BLOCK = 64              # queries at a time
+
 
 class BlockAttention(torch.autograd.Function):
     """Causal attention by plain matmuls, BLOCK queries at a time: little of what the mask hides is computed.
@@ -72,18 +73,15 @@ class BlockAttention(torch.autograd.Function):
     q [B*K, T*R, d_head] (scaled), k, v [B*K, S, d_head] -> [B*K, T*R, d_head]. The R heads that share keys
     stand as if they were one head with R queries per token.
     """
-    BLOCK = 64
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, R: int) -> Tensor:
-        step = BlockAttention.BLOCK
         before = k.shape[1] - q.shape[1] // R                              # S - T: tokens before the queries
-        hidden = torch.full((step, step), -torch.inf, dtype=q.dtype).triu(1)
-        hidden = hidden.repeat_interleave(R, 0)                            # [BLOCK*R, BLOCK]
+        hidden = q.new_full((BLOCK, BLOCK), -torch.inf).triu(1).repeat_interleave(R, 0)    # [BLOCK*R, BLOCK]
         y = torch.empty_like(q)
         probs = []
-        for start in range(0, q.shape[1], step * R):
-            rows = slice(start, start + step * R)
+        for start in range(0, q.shape[1], BLOCK * R):
+            rows = slice(start, start + BLOCK * R)
             block = q[:, rows]                                             # [B*K, n*R, d_head], n <= BLOCK
             n = block.shape[1] // R
             last = before + start // R + n                                 # keys the last query may see
@@ -94,7 +92,7 @@ class BlockAttention(torch.autograd.Function):
             if any(ctx.needs_input_grad):
                 probs.append(p)
         ctx.save_for_backward(q, k, v, y, *probs)
-        ctx.rows = step * R
+        ctx.rows = BLOCK * R
         return y
 
     @staticmethod
@@ -128,13 +126,14 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     (B, H, T, d_head), (K, S) = q.shape, k.shape[1:3]
     if q.device.type != "cpu":
-        if q.dtype == torch.float32:
-            # Flash attention has no FP32, the next best kernel no grouped heads. Only the plain one has both,
-            # and writes all scores: 3 GB a row for S at 8,192 tokens.
-            k, v = (x.repeat_interleave(H // K, 1) for x in (k, v))        # [B, H, S, d_head]
         # is_causal would align the mask to the first keys, as if nothing had been seen before.
         mask = None if T in (1, S) else torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=T == S > 1, enable_gqa=H != k.shape[1])
+        # FlashAttention lets heads share keys, but takes neither FP32 nor a mask. The kernel that takes them
+        # wants keys for every head. Without them PyTorch would write all scores to memory after all: for a
+        # row of S at its longest context, 12 * 8192^2 of 4 bytes are 3.2 GB.
+        if q.dtype == torch.float32 or mask is not None:
+            k, v = (x.repeat_interleave(H // K, 1) for x in (k, v))        # [B, H, S, d_head]
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=T == S > 1, enable_gqa=k.shape[1] < H)
     q = (q * d_head ** -0.5).unflatten(1, (K, H // K)).transpose(2, 3)     # [B, K, T, R, d_head]
     flat = (x.reshape(B * K, -1, d_head) for x in (q, k, v))
     y = BlockAttention.apply(*flat, H // K)                                # [B*K, T*R, d_head]
@@ -144,23 +143,20 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 # Experts
 
 
-class Places(NamedTuple):
-    """Where each route (a token's wish for one expert) stands in a buffer sorted by expert."""
-    token: Tensor           # [rows] the token in each row; idle rows say 0
-    row: Tensor             # [N, A] the row of each route; 0 for a dropped one
-    kept: Tensor            # [N, A] 0 for a route that found its expert full, else 1
-    slot: Tensor            # [N*A] the row of each route once more, but one past the last for a dropped one
-    ends: Tensor | None     # GPU: [E] where each expert's rows end (with grouped_mm, from CUDA 8.0)
-    groups: list            # CPU: (experts, rows of the group) for each group of experts of like load
+def place(experts: Tensor, capacity: int, E: int, grouped: bool) -> tuple[tuple, Tensor, Tensor | list]:
+    """Give each route (a token's wish for one expert) of experts [N, A] a row in a buffer sorted by expert.
 
-
-def place(experts: Tensor, capacity: int, E: int) -> Places:
-    """Give each route of experts [N, A] a row. An expert takes `capacity` routes and drops the rest."""
-    (N, A), device = experts.shape, experts.device
+    An expert takes `capacity` routes and drops the rest. -> (token, row, kept), slot, layout:
+      token   [rows] the token in each row; idle rows say 0
+      row     [N, A] the row of each route; 0 for a dropped one
+      kept    [N, A] False for a route that found its expert full, else True
+      slot    [N*A] the row of each route once more, but one past the last for a dropped one
+      layout  `grouped`: [E] where each expert's rows end; else the groups of group_by_load
+    """
+    N, A = experts.shape
     expert = experts.flatten()                                             # [N*A] of each route
-    route = torch.arange(N * A, device=device)                             # [N*A]
-    count = torch.zeros(E, dtype=torch.int64, device=device)
-    count.scatter_add_(0, expert, torch.ones_like(expert))                 # [E]
+    route = torch.arange(N * A, device=experts.device)                     # [N*A]
+    count = expert.new_zeros(E).scatter_add_(0, expert, torch.ones_like(expert))           # [E]
     # A counting sort ranks each route among the routes of its expert, in the order of the tokens.
     order = expert.argsort(stable=True)                                    # [N*A] routes grouped by expert
     first = count.cumsum(0) - count                                        # [E] where each group starts
@@ -169,21 +165,20 @@ def place(experts: Tensor, capacity: int, E: int) -> Places:
     # GPU sums the weights' gradients over rows in pieces of 16 bytes. But one token must not become 16.
     unit = min(16, N)
     held = count.clamp(max=capacity)                                       # [E]
-    if device.type == "cpu" or matmul_dtype(device) == torch.float32:      # an older GPU has no grouped_mm
-        begin, groups, rows = group_by_load(held.tolist(), unit)
-        begin = begin.to(device)
-        ends = None
-    else:                   # the host must not wait for the counts: as many rows as there can ever be
+    if grouped:             # the host must not wait for the counts: as many rows as there can ever be
         height = (held + unit - 1) // unit * unit                          # [E]
         rows = min(N * A + E * (unit - 1), E * math.ceil(capacity / unit) * unit)
-        ends = height.cumsum(0)                                            # [E]
-        begin, groups, ends = ends - height, [], ends.int()
+        layout = height.cumsum(0).int()                                    # [E]
+        begin = layout - height                                            # [E]
+    else:
+        begin, layout, rows = group_by_load(held.tolist(), unit)
+        begin = begin.to(experts.device)                                   # [E]
     fits = rank < capacity                                                 # [N*A]
     slot = torch.where(fits, begin[expert] + rank, rows)                   # [N*A]
-    owner = torch.zeros(rows + 1, dtype=torch.int64, device=device).index_copy_(0, slot, route)[:rows]
+    owner = expert.new_zeros(rows + 1).index_copy_(0, slot, route)[:rows]  # [rows] its route
     # A dropped route reads row 0, always somebody's, and counts it 0 times: grouped_mm leaves the rows past
     # the last expert's unwritten, and 0 * NaN is NaN.
-    return Places(owner // A, slot.where(fits, 0).view(N, A), fits.view(N, A), slot, ends, groups)
+    return (owner // A, slot.where(fits, 0).view(N, A), fits.view(N, A)), slot, layout
 
 
 def group_by_load(count: list[int], unit: int) -> tuple[Tensor, list[tuple[list[int], int]], int]:
@@ -208,37 +203,25 @@ def group_by_load(count: list[int], unit: int) -> tuple[Tensor, list[tuple[list[
     return torch.tensor(begin), groups, rows
 
 
-def sum_rows(y: Tensor, row: Tensor, kept: Tensor) -> Tensor:
-    """Each token's sum over its rows: y [rows, D], row and kept [N, A] -> [N, D]. It copies no row."""
-    return F.embedding_bag(row, y, mode="sum", per_sample_weights=kept.to(y.dtype))
+class Carry(torch.autograd.Function):
+    """x [N, D] -> [rows, D]: each row gets its token. `back`, [rows, D] -> [N, D]: each token gets the sum of
+    its rows, and no row is copied for that.
 
-
-class CopyToRows(torch.autograd.Function):
-    """x [N, D] -> [rows, D]. Each row belongs to one route, so the way back is SumOverRows' way there, and
-    the reverse; PyTorch would scatter into zeros. Idle rows hold token 0, weigh nothing and change
-    nothing."""
+    A row belongs to one route, so each way is the gradient of the other; PyTorch would scatter into zeros.
+    Idle rows hold token 0, weigh nothing and change nothing.
+    """
 
     @staticmethod
-    def forward(ctx, x: Tensor, token: Tensor, row: Tensor, kept: Tensor) -> Tensor:
-        ctx.save_for_backward(row, kept)
+    def forward(ctx, x: Tensor, back: bool, token: Tensor, row: Tensor, kept: Tensor) -> Tensor:
+        ctx.back = back
+        ctx.save_for_backward(token, row, kept)
+        if back:
+            return F.embedding_bag(row, x, mode="sum", per_sample_weights=kept.to(x.dtype))
         return x.index_select(0, token)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return sum_rows(grad, *ctx.saved_tensors), None, None, None
-
-
-class SumOverRows(torch.autograd.Function):
-    """y [rows, D] -> [N, D], the opposite of CopyToRows."""
-
-    @staticmethod
-    def forward(ctx, y: Tensor, token: Tensor, row: Tensor, kept: Tensor) -> Tensor:
-        ctx.save_for_backward(token)
-        return sum_rows(y, row, kept)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return grad.index_select(0, *ctx.saved_tensors), None, None, None
+        return Carry.apply(grad, not ctx.back, *ctx.saved_tensors), None, None, None, None
 
 
 def through_experts(formula: Callable, x: Tensor, weights: Tensor, experts: Tensor, capacity: int,
@@ -249,27 +232,28 @@ def through_experts(formula: Callable, x: Tensor, weights: Tensor, experts: Tens
     a training step takes twice as long. `formula(matmul, rows, weight, gate_up, down)` is the computation of
     some experts' rows, written for any matmul that multiplies each expert's rows by that expert's matrix.
     """
-    at = place(experts, capacity, len(gate_up_proj))
-    maps = at.token, at.row, at.kept
-    buffer = CopyToRows.apply(x, *maps)                                    # [rows, D]
+    # A GPU has a kernel for this, in BF16 alone. FP32 there, as on a CPU, takes what follows it.
+    grouped = x.device.type != "cpu" and x.dtype == torch.bfloat16
+    maps, slot, layout = place(experts, capacity, len(gate_up_proj), grouped)
+    buffer = Carry.apply(x, False, *maps)                                  # [rows, D]
     weight = x.new_zeros(len(buffer) + 1)                                  # an idle row weighs nothing
-    weight = weight.index_copy(0, at.slot, weights.flatten().to(x.dtype))[:-1, None]               # [rows, 1]
+    weight = weight.index_copy(0, slot, weights.flatten().to(x.dtype))[:-1, None]                  # [rows, 1]
     gate_up = gate_up_proj.to(x.dtype)
     down = down_proj.to(x.dtype)
-    if at.ends is not None:                                                # a GPU
-        y = formula(functools.partial(F.grouped_mm, offs=at.ends), buffer, weight, gate_up, down)
-        return SumOverRows.apply(y, *maps)
+    if grouped:
+        y = formula(functools.partial(F.grouped_mm, offs=layout), buffer, weight, gate_up, down)
+        return Carry.apply(y, True, *maps)                                 # [rows, D] -> [N, D]
     # unbind and stack: an index would have a gradient as large as all experts, once for each group.
     gate_ups = gate_up.unbind()
     downs = down.unbind()
-    sizes = [size for _, size in at.groups]
+    sizes = [size for _, size in layout]
     y = []
-    for (group, _), rows, row_weight in zip(at.groups, buffer.split(sizes), weight.split(sizes)):
+    for (group, _), rows, row_weight in zip(layout, buffer.split(sizes), weight.split(sizes)):
         shape = (len(group), -1)                                           # [group, height, ...]
         out = formula(torch.bmm, rows.unflatten(0, shape), row_weight.unflatten(0, shape),
                       torch.stack([gate_ups[e] for e in group]), torch.stack([downs[e] for e in group]))
         y.append(out.flatten(0, 1))
-    return SumOverRows.apply(torch.cat(y), *maps)                          # [rows, D] -> [N, D]
+    return Carry.apply(torch.cat(y), True, *maps)                          # [rows, D] -> [N, D]
 
 # ----------------------------------------------------------------------------------------------------------
 # Loss

@@ -1,5 +1,6 @@
 """The exported file against outside judges: the official gguf reader, llama.cpp, tiktoken."""
 import dataclasses
+import math
 import os
 import pydoc_data.topics
 import random
@@ -167,18 +168,53 @@ def test_chat_template_is_encode_chat(exported, encoding):
 # The command line
 
 
+def save_checkpoint(model, encoding, path, quantized) -> None:
+    torch.save({"format": "mobilemoe/1", "config": dataclasses.asdict(model.config), "quantized": quantized,
+                "model": model.state_dict(), "tokenizer": tokenizer_to_dict(encoding)}, path)
+
+
 def test_checkpoint_exports_as_its_model_does_and_answers(exported, encoding, tmp_path, call):
     path = tmp_path / "x.gguf"
-    torch.save({"format": "mobilemoe/1", "config": dataclasses.asdict(TEST), "stage": "qat",
-                "quantized": True, "model": exported[0].state_dict(),
-                "tokenizer": tokenizer_to_dict(encoding)}, tmp_path / "qat.pt")
+    save_checkpoint(exported[0], encoding, tmp_path / "qat.pt", quantized=True)
     code, out, _ = call(export_mobile.main, tmp_path / "qat.pt", "--out", path, "--ask", "Well?")
     assert code == 0 and path.read_bytes() == exported[1].read_bytes()
     assert re.match(r".*x\.gguf: 0\.\d MB, 34 tensors for glm4moe, .*\nQ: Well\?\nA: ", out)
 
 
+@pytest.mark.parametrize("value, quantized, refusing", [
+    (math.nan, False, "f32 f16 q8_0 q4_0"), (-math.inf, True, "f32 f16 q8_0 q4_0"), (6e4, False, ""),
+    (-6.2e4, True, "f16"),                  # QAT's lattice takes it to -8 * 6.2e4 / 7.5
+    (7e4, False, "f16"), (-5e5, False, "f16 q4_0"), (9e6, False, "f16 q4_0 q8_0")])
+@pytest.mark.parametrize("name", ["self_attn.o_proj.weight", "feed_forward.experts.gate_up_proj"])
+def test_weights_that_the_file_cannot_hold_are_refused_by_name(
+        value, quantized, refusing, name, lively, encoding, tmp_path, call, refused):
+    """FP16 ends at 65,504. Q8_0 stores max/127 of a block in it, Q4_0 max/7.5."""
+    model = lively(TEST)
+    model.get_parameter(f"model.layers.1.{name}").data.flatten()[7] = value
+    save_checkpoint(model, encoding, tmp_path / "x.pt", quantized)
+    for dtype in ("f32", "f16", "q8_0", "q4_0"):
+        arguments = (tmp_path / "x.pt", "--out", tmp_path / "x.gguf", "--dtype", dtype)
+        if dtype in refusing.split():
+            assert f"model.layers.1.{name} holds " in refused(export_mobile.main, *arguments)
+            assert os.listdir(tmp_path) == ["x.pt"]
+            continue
+        assert call(export_mobile.main, *arguments)[0] == 0
+        for tensor in gguf.GGUFReader(tmp_path / "x.gguf").tensors:
+            assert np.isfinite(dequantize(tensor.data, tensor.tensor_type)).all()
+        (tmp_path / "x.gguf").unlink()
+
+
+def test_a_norm_that_is_not_finite_is_refused_whatever_the_matrices_are(lively, encoding, tmp_path, refused):
+    model = lively(TEST)
+    model.model.norm.weight.data[5] = math.nan
+    save_checkpoint(model, encoding, tmp_path / "x.pt", False)
+    line = refused(export_mobile.main, tmp_path / "x.pt", "--out", tmp_path / "x.gguf")
+    assert "model.norm.weight holds nan" in line and os.listdir(tmp_path) == ["x.pt"]
+
+
 @pytest.mark.parametrize("arguments, says", [
-    ([], "either"), (["missing.pt"], "missing.pt"), (["cut.pt"], "cut.pt"), (["--preset", "XXL"], "XXL"),
+    ([], "required"), (["missing.pt", "--preset", "S"], "not allowed"), (["--preset", "XXL"], "XXL"),
+    (["missing.pt"], "missing.pt"), (["cut.pt"], "cut.pt"),
     (["--preset", "test", "--out", "no/x.gguf"], "no folder"), (["--preset", "many"], "512 experts"),
     (["--preset", "scaled"], "rope_scaling")])
 def test_refuses_in_one_line(refused, tmp_path, monkeypatch, arguments, says):

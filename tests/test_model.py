@@ -237,6 +237,25 @@ def test_attention_is_that_of_pytorch(on_device, T, S, H, K, dtype):
                 noise(2, H, T, 16), *noise(2, 2, K, S, 16, seed=1), dtype=dtype)
 
 
+@in_both_types
+@pytest.mark.parametrize("T", [9, 4, 1])
+def test_attention_on_a_gpu_never_needs_the_kernel_that_writes_all_scores(monkeypatch, T, dtype):
+    """FlashAttention (BF16, no mask) takes grouped heads. The kernel for the rest wants keys for each head."""
+    seen = Mock(wraps=F.scaled_dot_product_attention)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", seen)
+    q, k = (noise(1, heads, n, 16).to(dtype).as_subclass(OnGPU) for heads, n in ((6, T), (2, 9)))
+    kernels.causal_attention(q, k, k)
+    grouped = dtype == BF16 and T != 4                          # only chunks of a prompt need a mask
+    assert seen.call_args.args[1].shape[1] == (2 if grouped else 6)
+    assert seen.call_args.kwargs["enable_gqa"] == grouped
+
+
+@pytest.mark.parametrize("capability, dtype", [((7, 5), FP32), ((8, 0), BF16), ((12, 0), BF16)])
+def test_gpus_before_ampere_compute_in_fp32(monkeypatch, capability, dtype):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert kernels.matmul_dtype(torch.device("cuda:1")) == dtype
+
+
 @pytest.mark.parametrize("config", [TEST, PRESETS["tiny-dense"]], ids=["moe", "dense"])
 @pytest.mark.parametrize("chunks", [[20], [1] * 20, [7, 1, 5, 1, 6]], ids=["prefill", "one by one", "chunks"])
 def test_cached_decoding_is_the_whole_pass(lively, on_device, config, chunks):
@@ -321,7 +340,7 @@ def train_and_decode_on_meta(config, capacity, int4):
         with mode, torch.device("meta"):
             model, x, cache = MobileMoE(config), torch.zeros(2, 48, dtype=torch.int64), {}
         with mode:
-            model.compute_dtype = kernels.matmul_dtype(x.device)
+            model.compute_dtype = BF16
             model = attach(model) if int4 else model
             loss, routing = model(x, x, capacity_factor=capacity)
             (loss + routing.loss).backward()
