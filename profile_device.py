@@ -21,22 +21,18 @@ runtime is llama.cpp: the wheel `xllamacpp` on this computer, its program llama-
 """
 # What imports PyTorch is imported inside functions. A process that measures memory imports this file for
 # `measure`, and PyTorch's 200 MB would be in every figure.
-import argparse
 import contextlib
 import ctypes
 import json
-import math
 import re
 import shutil
 import statistics
 import subprocess
-import sys
-import time
 import timeit
 from pathlib import Path
 
 import common
-from common import UserError, markdown_table, new_figure, run_main, save_figure
+from common import Parser, UserError, markdown_table, new_figure, number, run_main, save_figure
 
 DECODE = 128                    # tokens generated after each prompt
 KV_BITS = {"f16": 16, "int8": 8.5}          # int8 is llama.cpp's Q8_0: 32 integers and an FP16 scale
@@ -48,13 +44,34 @@ PARTS = {"weights": "CPU(?:_Mapped)? model", "repacked copy": "REPACK model", "K
 
 
 class Model:
-    """A .gguf file that export_mobile.py wrote, and what theory says about it."""
+    """A .gguf file that export_mobile.py wrote, and what theory says about it. Raises UserError for others.
 
-    def __init__(self, path: Path):
-        from export_mobile import Q4_0, entry_bytes, tensor_plan
-        self.path = path
-        self.name = path.stem
-        self.config, *kinds = read_config(path)
+    `what` may be a preset: random weights in that shape, written into `folder` once. Speed asks for no more.
+    """
+
+    def __init__(self, what: str | Path, folder: str = ""):
+        from export_mobile import FILE_TYPE, PRESETS, Q4_0, Config, entry_bytes, export_preset, tensor_plan
+        self.path = Path(folder, f"{what}.gguf") if what in PRESETS else Path(what)
+        self.name = self.path.stem
+        if what in PRESETS and not self.path.exists():
+            print(export_preset(what, self.path), flush=True)
+        try:                # the way back of export_mobile.model_metadata; RoPE and the like cost nothing
+            with open(self.path, "rb") as file:
+                # The sizes stand in front. Each is a ".", the rest of its key, 4 for uint32, and the number.
+                found = re.findall(rb"\.([a-z_.]+)\x04\0\0\0(....)", file.read(4096), re.DOTALL)
+            key = {name.decode(): int.from_bytes(value, "little") for name, value in found}
+            d_ff, E = key["feed_forward_length"], key.get("expert_count", 1)
+            g = d_ff // key.get("expert_feed_forward_length", d_ff)
+            self.config = Config(           # of n_experts * g experts, a shared one takes the place of g/2
+                n_experts=-(-E // g), shared_expert=E % g > 0, granularity=g, d_ff=d_ff,
+                top_k=key.get("expert_used_count", 1), d_model=key["embedding_length"],
+                n_layers=key["block_count"], n_heads=key["attention.head_count"],
+                n_kv_heads=key["attention.head_count_kv"], d_head=key["attention.key_length"],
+                vocab_size=key["vocab_size"], max_context=key["context_length"])
+            kinds = {number: kind for kind, number in FILE_TYPE.items()}
+            kinds = kinds[key["file_type"]], kinds[key["expert_file_type"]]             # of matrices, of experts
+        except (KeyError, OSError):
+            raise UserError(f"{what} is neither a file by export_mobile.py nor one of {[*PRESETS]}") from None
         plan = tensor_plan(self.config, *kinds)
         size = {entry.name: entry_bytes(entry) for entry in plan}
         self.weight_bytes = sum(size.values())
@@ -80,34 +97,7 @@ class Model:
         copy = self.q4_bytes if args.repack else 0
         # What is mapped stays mapped. What is read and copied is dropped, except for the embedding.
         dropped = copy - self.embedding_bytes if copy and not args.mmap else 0
-        return {"weights": self.weight_bytes - dropped, "repacked copy": copy,
-                "KV cache": self.kv_bytes(tokens, args.kv)}
-
-
-def read_config(path: Path):
-    """-> Config, ggml types of matrices and of experts. Raises UserError if export_mobile.py did not write
-    the file.
-
-    The way back of export_mobile.model_metadata, as far as sizes go: RoPE and the like cost nothing.
-    """
-    from export_mobile import FILE_TYPE, PRESETS, Config
-    try:
-        with open(path, "rb") as file:
-            # The sizes stand in front. Each is a ".", the rest of its key, 4 for uint32, and the number.
-            found = re.findall(rb"\.([a-z_.]+)\x04\0\0\0(....)", file.read(4096), re.DOTALL)
-        key = {name.decode(): int.from_bytes(value, "little") for name, value in found}
-        d_ff, E = key["feed_forward_length"], key.get("expert_count", 1)
-        g = d_ff // key.get("expert_feed_forward_length", d_ff)
-        config = Config(
-            d_model=key["embedding_length"], n_layers=key["block_count"], n_heads=key["attention.head_count"],
-            n_kv_heads=key["attention.head_count_kv"], d_head=key["attention.key_length"], d_ff=d_ff,
-            vocab_size=key["vocab_size"], max_context=key["context_length"], granularity=g,
-            # Of n_experts * g experts, a shared one takes the place of g/2.
-            n_experts=-(-E // g), shared_expert=E % g > 0, top_k=key.get("expert_used_count", 1))
-        kinds = {number: kind for kind, number in FILE_TYPE.items()}
-        return config, kinds[key["file_type"]], kinds[key["expert_file_type"]]
-    except (KeyError, OSError):
-        raise UserError(f"{path} is neither a file by export_mobile.py nor one of {[*PRESETS]}") from None
+        return dict(zip(PARTS, (self.weight_bytes - dropped, copy, self.kv_bytes(tokens, args.kv))))
 
 
 def ceilings(threads: int) -> dict[str, float]:
@@ -118,28 +108,31 @@ def ceilings(threads: int) -> dict[str, float]:
     import torch
     torch.set_num_threads(threads)
     big = torch.ones(2**26)                                                # 268 MB: no cache holds it
-    a = torch.ones(512, 2048, dtype=torch.int8)
-    b = torch.ones(2048, 2048, dtype=torch.int8)
-
-    def seconds(work) -> float:
-        return min(timeit.repeat(work, number=1, repeat=6)[1:])            # the first one allocates
-    return {"bandwidth": 4 * len(big) / seconds(big.sum),
-            "int8": 2 * 512 * 2048 * 2048 / seconds(lambda: torch._int_mm(a, b))}
+    small = torch.ones(2048, 2048, dtype=torch.int8)
+    works = (big.sum, lambda: torch._int_mm(small[:512], small))
+    reading, multiplying = (min(timeit.repeat(work, number=1, repeat=6)) for work in works)        # seconds
+    return {"bandwidth": 4 * len(big) / reading, "int8": 2 * 512 * 2048 * 2048 / multiplying}
 
 # ----------------------------------------------------------------------------------------------------------
 # One measurement, in a process of its own
 
 
+def proc(name: str) -> str:
+    """What Linux' /proc tells about this computer or this process; nothing on other systems."""
+    path = Path("/proc", name)
+    return path.read_text() if path.exists() else ""
+
+
 def measure(order: dict) -> dict:
     """Load a file, read a prompt, generate. -> times by llama.cpp's clock, bytes by the system's count."""
     from xllamacpp import llama_load_mode
-    start = time.perf_counter()
+    start = timeit.default_timer()
     server = common.start_llama_cpp(
         order["path"], len(order["prompt"]) + order["decode"] + 1, order["threads"], order["kv"],
         load_mode=getattr(llama_load_mode, "LLAMA_LOAD_MODE_" + ("MMAP" if order["mmap"] else "NONE")),
         no_extra_bufts=not order["repack"], warmup=not order["touch"],     # a warm-up reads every expert
         fit_params=False, cache_ram_mib=0, n_ctx_checkpoints=0)            # no memory for later requests
-    load_ms = 1e3 * (time.perf_counter() - start)
+    load_ms = 1e3 * (timeit.default_timer() - start)
     # Loading has touched the whole file. Let go of every page: what is there afterwards, the prompt has used.
     # (The kernel fetches 64 KB around each page that is asked for. An expert's matrix is larger.)
     for first, end, _ in mapped_file(order["path"]) if order["touch"] else []:
@@ -149,27 +142,26 @@ def measure(order: dict) -> dict:
     times = server.handle_completions({
         "prompt": order["prompt"], "n_predict": order["decode"], "cache_prompt": False,
         "temperature": 1, "seed": 0, "ignore_eos": True})["timings"]
-    status = Path("/proc/self/status")          # only Linux tells what a process had at most
-    peak = re.search(r"VmHWM:\s+(\d+)", status.read_text())[1] if status.exists() else 0
     return {"load_ms": load_ms, "prompt_ms": times["prompt_ms"], "prompt_n": times["prompt_n"],
             # The first token comes with the prompt.
             "decode_ms": times["predicted_ms"], "decode_n": times["predicted_n"] - 1,
-            "peak_kb": int(peak), "mapped": sum(resident for _, _, resident in mapped_file(order["path"]))}
+            "status": proc("self/status"), "mapped": sum(size for *_, size in mapped_file(order["path"]))}
 
 
 def mapped_file(path: str) -> list[tuple[int, int, int]]:
     """(start, end, resident bytes) of every mapping of the file in this process; nothing without Linux."""
-    maps = Path("/proc/self/smaps")
     pattern = rf"^(\w+)-(\w+) .*{re.escape(str(Path(path).resolve()))}\n(?:.*\n)*?Rss:\s+(\d+)"
-    found = re.findall(pattern, maps.read_text(), re.MULTILINE) if maps.exists() else []
+    found = re.findall(pattern, proc("self/smaps"), re.MULTILINE)
     return [(int(start, 16), int(end, 16), 1024 * int(kilobytes)) for start, end, kilobytes in found]
 
 
-def figures(log: str, load_ms, prompt_ms, prompt_n, decode_ms, decode_n, peak_kb, mapped=0) -> dict:
+def figures(log: str, load_ms, prompt_ms, prompt_n, decode_ms, decode_n, status, mapped=0) -> dict:
     """A measurement as a reader wants it: seconds, tokens per second, and bytes by part of the memory.
 
-    Where the system does not tell the peak (macOS, Windows), it is the sum of the parts in llama.cpp's log.
+    `status` has what Linux and Android say of a process, among it VmHWM, the most memory it ever had. Where
+    there is no such thing (macOS, Windows), the peak is the sum of the parts in llama.cpp's log.
     """
+    peak_kb = max(map(int, re.findall(r"VmHWM:\s+(\d+) kB", status)), default=0)
     parts = {part: 2**20 * sum(map(float, re.findall(rf"{name} buffer size\s*=\s*([\d.]+) MiB", log)))
              for part, name in PARTS.items()}
     parts["weights"] = mapped or parts["weights"]       # of a mapped file, the log has the size
@@ -185,16 +177,11 @@ class Computer:
     """llama.cpp in processes of this computer. It gets a prompt as token ids, a phone gets the same text."""
 
     def __init__(self, args):
-        import torch
         self.args = args
-        self.threads = args.threads or torch.get_num_threads()
-        info = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
-        processor = re.findall(r"model name\s*: (.*)", info) or ["this computer"]
-        self.name = f"{processor[0]}, {self.threads} threads"
+        self.name = (re.findall(r"model name\s*: (.*)", proc("cpuinfo")) or ["this computer"])[0]
 
-    def measure(self, model: Model, prompt: list[int], text: str, decode: int = DECODE, **more) -> dict:
-        order = {**vars(self.args), "path": str(model.path), "prompt": prompt, "decode": decode,
-                 "threads": self.threads, "touch": False, **more}
+    def measure(self, model: Model, prompt: list[int], text: str, **more) -> dict:
+        order = vars(self.args) | dict(path=str(model.path), prompt=prompt, decode=DECODE, touch=False) | more
         # A fresh process: the highest memory of one measurement must not hide that of the next.
         answer, log = common.in_fresh_process("profile_device.measure", order)
         return figures(log, **answer)
@@ -212,10 +199,9 @@ class Phone:
         if not shutil.which("adb"):
             raise UserError("no adb on this computer: install Android's platform-tools (`apt install adb`)")
         self.args = args
-        self.threads = args.threads or 4                # a phone's other cores are slow, to save its battery
         # adb says itself that it sees no phone, or several, or one that does not allow USB debugging.
-        product = self.adb("shell", "getprop ro.product.model", hint=" (connect one, or choose by --serial)")
-        self.name = f"{product.strip()}, {self.threads} threads"
+        hint = " (connect one, or choose by --serial)"
+        self.name = self.adb("shell", "getprop ro.product.model", hint=hint).strip()
 
     def adb(self, *command: str, hint: str = "", send: str = "") -> str:
         """The output of one adb command. Raises UserError with its last line if the command fails."""
@@ -228,34 +214,30 @@ class Phone:
         return done.stdout
 
     @contextlib.contextmanager
-    def ready(self):
-        """As long as this lasts, there is a folder on the phone, and a llama.cpp to run."""
+    def ready(self, models: list[Model]):
+        """As long as this lasts, the models are in a folder on the phone, and there is a llama.cpp to run."""
         here = self.args.llama_bin
         self.run_as = "" if here else "run-as com.termux"
         self.program = f"{FOLDER}/{PROGRAM}" if here else f"{TERMUX}/bin/{PROGRAM}"
-        self.pushed = set()
         try:
             self.adb("shell", f"mkdir -p {FOLDER}")
-            for file in [Path(here) / PROGRAM, *Path(here).glob("*.so*")] if here else []:
-                self.adb("push", str(file), FOLDER)
+            if here:
+                self.adb("push", f"{here}/{PROGRAM}", *map(str, Path(here).glob("*.so*")), FOLDER)
             hint = " (give one by --llama-bin, or `pkg install llama-cpp` in Termux)"
             self.adb("shell", f"{self.run_as} ls {self.program}", hint=hint)
+            self.adb("push", *(str(model.path) for model in models), FOLDER)
             yield
         finally:
             with contextlib.suppress(UserError):        # the phone may be gone
                 self.adb("shell", f"rm -rf {FOLDER}")
 
-    def measure(self, model: Model, prompt: list[int], text: str, decode: int = DECODE) -> dict:
+    def measure(self, model: Model, prompt: list[int], text: str) -> dict:
         """`text` is `prompt`, but for a token or two: the result says how many the phone found."""
-        file = f"{FOLDER}/{model.path.name}"
-        if file not in self.pushed:                     # a gigabyte travels once
-            self.adb("push", str(model.path), file)
-            self.pushed.add(file)
         self.adb("shell", f"cat > {FOLDER}/prompt; chmod -R 755 {FOLDER}", send=text)
-        context = min(model.config.max_context, len(prompt) * 9 // 8 + decode)
-        command = (f"{self.run_as} {self.program} -m '{file}' -f {FOLDER}/prompt -c {context} -n {decode} "
-                   f"-t {self.threads} --temp 1 --seed 0 --ignore-eos --no-escape -no-cnv -ngl 0 -lv 4"
-                   + " -ctk q8_0 -ctv q8_0 -fa on" * (self.args.kv == "int8")
+        context = min(model.config.max_context, len(prompt) * 9 // 8 + DECODE)
+        command = (f"{self.run_as} {self.program} -m '{FOLDER}/{model.path.name}' -f {FOLDER}/prompt "
+                   f"-n {DECODE} -c {context} -t {self.args.threads} --temp 1 --seed 0 --ignore-eos -ngl 0 "
+                   "-lv 4 --no-escape -no-cnv" + " -ctk q8_0 -ctv q8_0 -fa on" * (self.args.kv == "int8")
                    + " --no-repack" * (not self.args.repack) + " --no-mmap" * (not self.args.mmap))
         # `run-as` becomes the program it starts, so $! is its number. The most memory it ever had only grows:
         # the last look counts, a tenth of a second before the end at worst.
@@ -266,8 +248,7 @@ class Phone:
                           r".* eval time =\s*([\d.]+) ms /\s*(\d+)", log, re.DOTALL)
         if not times:
             raise UserError(f"phone: {PROGRAM} ended without its timings; try it by hand: {command}")
-        peak_kb = max(map(int, re.findall(r"VmHWM:\s+(\d+) kB", log)), default=0)
-        return figures(log, *map(float, times.groups()), peak_kb)
+        return figures(log, *map(float, times.groups()), status=log)
 
 # ----------------------------------------------------------------------------------------------------------
 # The run
@@ -284,7 +265,7 @@ def profile(device: Computer | Phone, models: list[Model], args) -> dict:
              for domain, documents in embedded_corpus().train.items()}
     ids = {model: common.ask_llama_cpp(model.path, texts=[*texts.values()])["tokens"] for model in models}
     # Nothing measures the ceilings of a phone. "nan" stands for "not known" there.
-    top = {"bandwidth": math.nan, "int8": math.nan} if args.adb else ceilings(device.threads)
+    top = {"bandwidth": float("nan"), "int8": float("nan")} if args.adb else ceilings(args.threads)
     answers = {(model, context): [] for model in models for context in args.contexts}
     jobs = [(context, model) for _ in range(args.repeats) for context in args.contexts for model in models]
     progress = common.Progress("profile", len(jobs), "measurements")
@@ -295,28 +276,26 @@ def profile(device: Computer | Phone, models: list[Model], args) -> dict:
         answers[model, context].append(answer)
         progress.show(done, f"{model.name}: {answer['prefill']:.1f} and {answer['decode']:.1f} tokens/s")
     touched = []
-    shortest = args.contexts[0]
-    for model in models if not args.adb and sys.platform == "linux" else []:
-        for domain, prompt in [*zip(texts, ids[model]), ("one token repeated", ids[model][0][:1] * shortest)]:
-            answer = device.measure(model, prompt[:shortest], "", 1, mmap=True, repack=False, touch=True)
+    short = args.contexts[0]
+    for model in models if not args.adb and proc("self/smaps") else []:
+        for domain, prompt in [*zip(texts, ids[model]), ("one token repeated", ids[model][0][:1] * short)]:
+            answer = device.measure(model, prompt[:short], "", decode=1, mmap=True, repack=False, touch=True)
             touched.append([model.name, domain, answer["tokens"], answer["mapped"]])
-    return {"device": device.name, "options": vars(args), "ceilings": top, "touched": touched,
-            "rows": [summarise(*cell, found, top, args) for cell, found in answers.items()]}
+    return {"device": f"{device.name}, {args.threads} threads", "options": vars(args), "ceilings": top,
+            "touched": touched, "rows": [summarise(*at, found, top, args) for at, found in answers.items()]}
 
 
 def summarise(model: Model, context: int, answers: list[dict], top: dict, args) -> dict:
     """Medians of the repeats, their spread ((largest - smallest) / median), and what theory says."""
-    row = {"model": model.name, "context": context, "repeats": answers}
-    row |= {key: statistics.median(answer[key] for answer in answers) for key in answers[0]}
-    row["tokens"] = answers[0]["tokens"]
+    row = {key: statistics.median(answer[key] for answer in answers) for key in answers[0]}
+    row |= {"model": model.name, "context": context, "tokens": answers[0]["tokens"], "repeats": answers}
     row["spread"] = {what: (max(a[what] for a in answers) - min(a[what] for a in answers)) / row[what]
                      for what in ("prefill", "decode")}
     window = row["tokens"] + DECODE
-    row["prompt_flops"] = model.prompt_flops(row["tokens"])
-    row["decode_bytes"] = model.decode_bytes + model.kv_bytes(window, args.kv)
+    row |= {"predicted": model.memory(window, args), "prompt_flops": model.prompt_flops(row["tokens"]),
+            "decode_bytes": model.decode_bytes + model.kv_bytes(window, args.kv)}
     row["ceiling"] = {"prefill": top["int8"] / row["prompt_flops"],
                       "decode": top["bandwidth"] / row["decode_bytes"]}
-    row["predicted"] = model.memory(window, args)
     row["measured"] = {part: row[part] for part in PARTS}
     row["measured"]["everything else"] = row["peak"] - sum(row["measured"].values())
     return row
@@ -359,9 +338,9 @@ def report(result: dict) -> str:
 
 def draw(rows: list[dict], base: str) -> None:
     """BASE-speed.png: tokens per second, ceilings dotted. BASE-memory.png: what fills the memory."""
-    figure, axes = new_figure(1, 2, (11, 4.5))
+    figure, [axes] = new_figure(1, 2, (11, 4.5))
     contexts = sorted({row["context"] for row in rows})
-    for axis, what in zip(axes[0], ("prefill", "decode")):
+    for axis, what in zip(axes, ("prefill", "decode")):
         for name, color in zip(dict.fromkeys(row["model"] for row in rows), ("tab:blue", "tab:orange")):
             mine = [row for row in rows if row["model"] == name]
             axis.plot(contexts, [row[what] for row in mine], "o-", color=color, label=name)
@@ -370,14 +349,11 @@ def draw(rows: list[dict], base: str) -> None:
         axis.legend()
     save_figure(figure, f"{base}-speed.png")
 
-    figure, axes = new_figure(1, 1, (4 + 0.9 * len(rows), 4.5))
-    axis = axes[0][0]
+    figure, [[axis]] = new_figure(1, 1, (4 + 0.9 * len(rows), 4.5))
     names = [f"{row['model']}\n{row['context']}" for row in rows]
-    bottom = [0.0] * len(rows)
-    for part in rows[0]["measured"]:
-        heights = [row["measured"][part] / 1e9 for row in rows]
-        axis.bar(names, heights, bottom=bottom, label=part)
-        bottom = [low + height for low, height in zip(bottom, heights)]
+    for n, part in enumerate(rows[0]["measured"]):
+        bottom = [sum([*row["measured"].values()][:n]) / 1e9 for row in rows]
+        axis.bar(names, [row["measured"][part] / 1e9 for row in rows], bottom=bottom, label=part)
     axis.plot(names, [sum(row["predicted"].values()) / 1e9 for row in rows], "k_", ms=22, label="predicted")
     axis.axhline(5, color="black", ls=":", label="the paper's phone: 5 GB for an app")
     axis.set(ylabel="GB", title="peak memory, by tokens of context")
@@ -388,24 +364,17 @@ def draw(rows: list[dict], base: str) -> None:
 # Command line
 
 
-def open_model(what: str, folder: str) -> Model:
-    """A .gguf file, or a preset: random weights in that shape, written once. Speed asks for no more."""
-    from export_mobile import PRESETS, export_preset
-    path = Path(folder) / f"{what}.gguf" if what in PRESETS else Path(what)
-    if what in PRESETS and not path.exists():
-        print(export_preset(what, path), flush=True)
-    return Model(path)
-
-
 def main():
-    parser = argparse.ArgumentParser(description="Measure speed and memory of a .gguf file.")
+    import torch
+    parser = Parser(description="Measure speed and memory of a .gguf file.")
     add = parser.add_argument
-    add("model", nargs="?", help="a .gguf file that export_mobile.py wrote")
-    add("--preset", metavar="NAME", help="random weights of a known shape (S, M, ...) instead, kept in --out")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("model", nargs="?", help="a .gguf file that export_mobile.py wrote")
+    which.add_argument("--preset", metavar="NAME", help="random weights of a shape (S, M, ...), in --out")
     add("--versus", metavar="NAME", help="a second preset or file, measured in turns with the first")
-    add("--contexts", type=int, nargs="+", default=[512, 1024, 2048, 4096], help="tokens (512 to 4096)")
-    add("--repeats", type=int, default=3, help="of every measurement (%(default)s)")
-    add("--threads", type=int, default=0, help="(one for each core; on a phone, 4)")
+    add("--contexts", type=number(int, 1), nargs="+", default=[512, 1024, 2048, 4096], help="(512 to 4096)")
+    add("--repeats", type=number(int, 1), default=3, help="of every measurement (%(default)s)")
+    add("--threads", type=number(int, 0), default=0, help="(one for each core; on a phone, 4)")
     add("--kv", choices=KV_BITS, default="f16", help="KV cache (%(default)s); int8 is the paper's")
     add("--no-repack", dest="repack", action="store_false", help="slower, but no second copy of the weights")
     add("--no-mmap", dest="mmap", action="store_false", help="read the file instead of mapping it")
@@ -414,15 +383,15 @@ def main():
     add("--serial", help="which phone, if there are several (`adb devices` lists them)")
     add("--llama-bin", metavar="DIR", help=f"folder with an Android {PROGRAM} (default: what Termux has)")
     args = parser.parse_args()
-    if bool(args.model) == bool(args.preset) or min(args.repeats, *args.contexts) < 1:
-        raise UserError("name either a .gguf file or a --preset; --repeats and --contexts are 1 or more")
+    # Of a phone's cores, all but about four are slow, to save its battery.
+    args.threads = args.threads or (4 if args.adb else torch.get_num_threads())
     Path(args.out).mkdir(parents=True, exist_ok=True)
     device = Phone(args) if args.adb else Computer(args)        # before a gigabyte is written: is there one?
-    models = [open_model(what, args.out) for what in (args.model or args.preset, args.versus) if what]
+    models = [Model(what, args.out) for what in (args.model or args.preset, args.versus) if what]
     # The file says how long a context may be. A prompt leaves room in it for what is generated.
     limit = min(model.config.max_context for model in models)
     args.contexts = sorted({min(context, max(limit - DECODE - 1, limit // 2)) for context in args.contexts})
-    with device.ready() if args.adb else contextlib.nullcontext():
+    with device.ready(models) if args.adb else contextlib.nullcontext():
         result = profile(device, models, args)
     print(report(result))
     base = args.out + "/" + "-vs-".join([model.name for model in models] + ["phone"] * args.adb)

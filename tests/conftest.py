@@ -9,6 +9,8 @@ from pathlib import Path
 # Before torch is imported, and inherited by child processes: two runs end bit for bit alike only if they
 # split their sums alike, and matrices this small are slower on two threads than on one.
 os.environ["OMP_NUM_THREADS"] = "1"
+# `--device cpu` for every script, also for those that scripts start: a GPU sums in another order.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import pytest
 import torch

@@ -2,7 +2,6 @@
 import io
 import json
 import os
-import resource
 import subprocess
 import sys
 import types
@@ -86,6 +85,7 @@ def test_a_launcher_that_is_not_torchrun_is_told_what_is_missing(refused, monkey
 @pytest.mark.parametrize("room, name", [(10_000, "tokens.pt"), (200_000, "pretrain.pt")])
 def test_a_full_disk_leaves_nothing_half_written(room, name, tmp_path, text_folder, refused):
     """The system refuses to let any file grow beyond `room` bytes."""
+    resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
     try:

@@ -395,6 +395,7 @@ def test_the_default_tokenizer_is_learned_once_and_kept(tmp_path, monkeypatch, c
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_files(tmp_path, rank_file):
+    pytest.importorskip("resource")
     script = """import resource, sys, data
 data.tokenize_files(sys.argv[1:2], "prose", sys.argv[2], sys.argv[3], 2)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"""

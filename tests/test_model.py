@@ -240,7 +240,7 @@ def test_attention_is_that_of_pytorch(on_device, T, S, H, K, dtype):
 @in_both_types
 @pytest.mark.parametrize("T", [9, 4, 1])
 def test_attention_on_a_gpu_never_needs_the_kernel_that_writes_all_scores(monkeypatch, T, dtype):
-    """FlashAttention (BF16, no mask) takes grouped heads. The kernel for the rest wants keys for each head."""
+    """FlashAttention (BF16, no mask) takes grouped heads. The kernel for the rest wants keys for each."""
     seen = Mock(wraps=F.scaled_dot_product_attention)
     monkeypatch.setattr(F, "scaled_dot_product_attention", seen)
     q, k = (noise(1, heads, n, 16).to(dtype).as_subclass(OnGPU) for heads, n in ((6, T), (2, 9)))

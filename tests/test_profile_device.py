@@ -22,7 +22,7 @@ import data
 import profile_device
 from export_mobile import Q4_0, export_preset, gguf_header, model_metadata
 from mobilemoe import PRESETS
-from profile_device import FOLDER, Model, main, read_config
+from profile_device import FOLDER, Model, main
 
 pytest.importorskip("xllamacpp")
 QUICK = ("--contexts", "64", "--repeats", "1", "--threads", "1")
@@ -68,8 +68,9 @@ def test_theory_follows_the_papers_formulas(name, files):
 def test_a_header_says_all_that_theory_needs(name, tmp_path):
     for config in (PRESETS[name], dataclasses.replace(PRESETS[name], shared_expert=False, top_k=1)):
         (tmp_path / "x.gguf").write_bytes(gguf_header(model_metadata(config, Q4_0), []))
-        found, kind = read_config(tmp_path / "x.gguf")
-        assert kind == Q4_0 and found.active_params() == config.active_params()
+        model = Model(tmp_path / "x.gguf")
+        found = model.config
+        assert model.q4_bytes and found.active_params() == config.active_params()
         assert found.total_params() == config.total_params() and found.max_context == config.max_context
 
 
@@ -101,11 +102,12 @@ def test_two_models_in_one_run(files, tmp_path, call):
         assert row["peak"] < 150e6                      # the process carries no PyTorch
         assert row["prefill"] < row["ceiling"]["prefill"]
     assert min(result["ceilings"].values()) > 1e8
-    touched = {(model, prompt): size for model, prompt, _, size in result["touched"]}
-    real, dummy = touched["tiny", "prose"], touched["tiny", "one token repeated"]
-    dense = touched["tiny-dense", "prose"], touched["tiny-dense", "one token repeated"]
-    assert 1.1 * dummy < real <= Model(one).weight_bytes * 1.05
-    assert dense[0] == pytest.approx(dense[1], rel=0.05)
+    if sys.platform == "linux":
+        touched = {(model, prompt): size for model, prompt, _, size in result["touched"]}
+        real, dummy = touched["tiny", "prose"], touched["tiny", "one token repeated"]
+        dense = touched["tiny-dense", "prose"], touched["tiny-dense", "one token repeated"]
+        assert 1.1 * dummy < real <= Model(one).weight_bytes * 1.05
+        assert dense[0] == pytest.approx(dense[1], rel=0.05)
     assert "tiny / tiny-dense" in out and "Memory in MB" in out and "nan" not in out
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         f"tiny-vs-tiny-dense{end}" for end in ("-memory.png", "-speed.png", ".json")]
@@ -121,7 +123,7 @@ def test_options_reach_the_runtime(files, tmp_path, call):
 
 
 @pytest.mark.parametrize("arguments, says", [
-    ((), "name either"), (("x", "--preset", "S"), "name either"), (("x", "--repeats", "0"), "--repeats"),
+    ((), "required"), (("x", "--preset", "S"), "not allowed"), (("x", "--repeats", "0"), "--repeats"),
     (("--preset", "XXL"), "'S', 'M'"), (("3.gguf",), "3.gguf"), (("100000.gguf",), "100000.gguf")])
 def test_wrong_arguments_and_files_get_one_line(arguments, says, files, tmp_path, monkeypatch, refused):
     monkeypatch.chdir(tmp_path)
@@ -147,7 +149,7 @@ def there(text):
         text = text.replace(place, here)
     return text
 if args[0] == "push":
-    sys.exit(subprocess.run(["cp", args[1], there(args[2])]).returncode)
+    sys.exit(subprocess.run(["cp", *args[1:-1], there(args[-1])]).returncode)
 sys.exit(subprocess.run(["sh", "-c", there(args[1])], stderr=subprocess.STDOUT).returncode)
 """,
     "llama-completion": r"""
@@ -172,6 +174,8 @@ for name, n, ms in (("prompt eval time", t["prompt_n"], t["prompt_ms"]),
 @pytest.fixture
 def phone(tmp_path, monkeypatch) -> Path:
     """The folder that plays /data/local/tmp on the one phone that the stand-in adb sees."""
+    if os.name == "nt":
+        pytest.skip("the stand-in is a shell script")
     root, termux = tmp_path / "phone", tmp_path / "phone-termux" / "bin"
     root.mkdir()
     termux.mkdir(parents=True)
