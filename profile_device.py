@@ -69,7 +69,7 @@ class Model:
                 n_kv_heads=key["attention.head_count_kv"], d_head=key["attention.key_length"],
                 vocab_size=key["vocab_size"], max_context=key["context_length"])
             kinds = {number: kind for kind, number in FILE_TYPE.items()}
-            kinds = kinds[key["file_type"]], kinds[key["expert_file_type"]]             # of matrices, of experts
+            kinds = kinds[key["file_type"]], kinds[key["expert_file_type"]]    # of matrices and experts
         except (KeyError, OSError):
             raise UserError(f"{what} is neither a file by export_mobile.py nor one of {[*PRESETS]}") from None
         plan = tensor_plan(self.config, *kinds)

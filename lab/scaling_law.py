@@ -8,7 +8,8 @@ and minimises it under a phone's memory (equation 5) and budgets of FLOPs. Three
 
     python -m lab.scaling_law plan --memory 0.9GB --tokens 500B --inference-gflops 0.6 --out phone.json
     python -m lab.scaling_law sweep     train 31 small models, an hour on two cores; what is there is kept
-    python -m lab.scaling_law fit       fit the law to them, hold the paper's findings against them
+    python -m lab.scaling_law fit       fit the law to them, hold the paper's findings against them, draw
+                                        what a mixture costs in training and saves in reading
 
 `plan` believes the published coefficients. Its JSON is a config for `python train.py --config phone.json`.
 `sweep` and `fit` ask whether the paper's findings hold in models a hundred times smaller, too. What they are
@@ -54,17 +55,15 @@ def saturated(E):
     return 1 / (1 / (E - 1 + 1 / (1 / E_START - 1 / E_MAX)) + 1 / E_MAX)
 
 
-def chinchilla(E, k: dict = PUBLISHED) -> dict:
-    """With E fixed, equation 1 is Chinchilla's law, L = A N^alpha + B D^beta + c: its coefficients."""
-    x = np.log(saturated(E))
-    return dict(A=k["A"] * np.exp(k["delta"] * x), alpha=k["alpha"] + k["gamma"] * x,
-                B=k["B"] * np.exp(k["omega"] * x), beta=k["beta"] + k["zeta"] * x, c=k["c"])
-
-
 def law(N, D, E, k: dict = PUBLISHED):
-    """Equation 1: nats per token of a model with N billion active parameters after D billion tokens."""
-    at = chinchilla(E, k)
-    return at["A"] * N ** at["alpha"] + at["B"] * D ** at["beta"] + at["c"]
+    """Equation 1: nats per token of a model with N billion active parameters after D billion tokens.
+
+    With E fixed it is Chinchilla's law, A N^alpha + B D^beta + c with other coefficients.
+    """
+    x = np.log(saturated(E))
+    of_size = k["A"] * np.exp(k["delta"] * x) * N ** (k["alpha"] + k["gamma"] * x)
+    of_tokens = k["B"] * np.exp(k["omega"] * x) * D ** (k["beta"] + k["zeta"] * x)
+    return of_size + of_tokens + k["c"]
 
 # ----------------------------------------------------------------------------------------------------------
 # plan: the best shape for a budget
@@ -185,11 +184,12 @@ class Run(NamedTuple):
         return not self.shared and self.g == (1 if self.E == 1 else 4)
 
     def config(self) -> Config:
-        config = dataclasses.replace(PRESETS["tiny"], vocab_size=VOCABULARY, n_experts=self.E,
-                                     granularity=self.g, shared_expert=self.shared, **SIZES[self.size])
         # A dense feed-forward adds up its slices, each with weight 1. So must the active experts, or a sweep
         # over g would compare strengths: 2.655 bits per byte at a scale of 1, 2.575 at 4.
-        return dataclasses.replace(config, routed_scale=float(config.active_routed))
+        active = self.g // 2 if self.shared else self.g
+        return dataclasses.replace(PRESETS["tiny"], vocab_size=VOCABULARY, n_experts=self.E,
+                                   granularity=self.g, shared_expert=self.shared,
+                                   routed_scale=float(active), **SIZES[self.size])
 
 
 def all_runs(top: int) -> list[Run]:
@@ -216,23 +216,25 @@ def train_one(order: dict) -> float:
     begun = {"stage": str(run), "micro_rows": stage.batch // stage.context}
     with tempfile.TemporaryDirectory() as log:          # that nobody reads
         summary = train_stage(model, stage, Batches(prepared, stage, run.seed), prepared, Path(log), begun)
-    held = next(iter(prepared["heldout"].values()))
-    bits = bits_per_byte(model, held["ids"], held["bytes"], stage.context)
-    nats = bits * math.log(2) * held["bytes"] / (len(held["ids"]) - 1)     # per token
+    ids = next(iter(prepared["heldout"].values()))["ids"]
+    nats = math.log(2) * bits_per_byte(model, ids, len(ids) - 1, stage.context)        # per token, not byte
     record = {**run._asdict(), "nats": nats, "tokens/s": summary["tokens/s"]}
     with open(folder / "runs.jsonl", "a") as file:      # one short write: two workers do not mix their lines
         file.write(json.dumps(record) + "\n")
     return nats
 
 
-def read_runs(path: Path) -> dict[Run, dict]:
-    """The finished runs, one JSON object a line; none without a file. Raises UserError for a broken line."""
+def read_runs(path: Path) -> dict[Run, tuple[float, float]]:
+    """{finished run: (nats, tokens/s)}, one JSON object a line; none without a file.
+
+    Raises UserError for a broken line.
+    """
     records = {}
     for n, line in enumerate(path.read_bytes().splitlines() if path.exists() else [], 1):
         try:
             record = json.loads(line)
             run = Run(*(record[name] for name in Run._fields))
-            records[run] = {name: float(record[name]) for name in ("nats", "tokens/s")}
+            records[run] = float(record["nats"]), float(record["tokens/s"])
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{path}, line {n} is not a run: delete it, and `sweep` trains it anew") from None
     return records
@@ -249,14 +251,12 @@ def sweep(folder: Path, top: int) -> None:
     print(f"sweep: {len(todo)} runs to train, {len(all_runs(top)) - len(todo)} are there", flush=True)
     progress = common.Progress("sweep", sum(run.tokens for run in todo), "tokens")
     progress.show(0)
-    done = 0
 
     def train(run: Run) -> float:
         return common.in_fresh_process("lab.scaling_law.train_one", {"run": run, "folder": str(folder)})[0]
     with ThreadPoolExecutor(2) as pool:                 # two threads that wait for a process each
-        for run, nats in zip(todo, pool.map(train, todo)):
-            done += run.tokens
-            progress.show(done, f"{run}: {nats:.3f} nats")
+        for n, nats in enumerate(pool.map(train, todo)):
+            progress.show(sum(run.tokens for run in todo[:n + 1]), f"{todo[n]}: {nats:.3f} nats")
     print(f"-> {path}; `python -m lab.scaling_law fit {path}` reads it")
 
 # ----------------------------------------------------------------------------------------------------------
@@ -304,9 +304,8 @@ def fit_law(points: np.ndarray, starts: int = 24, resamples: int = 0) -> list[di
     rng = np.random.default_rng(0)
     found = [descend(rng.normal(near, spread), *logs, 100) for _ in range(starts)]
     raws = [descend(min(found)[1], *logs, 1000)[1]]                        # to the bottom of the best valley
-    for _ in range(resamples):
-        sample = rng.integers(len(N), size=len(N))
-        raws.append(descend(raws[0], *logs[:, sample], 100)[1])
+    samples = rng.integers(len(N), size=(resamples, len(N)))
+    raws += [descend(raws[0], *logs[:, sample], 100)[1] for sample in samples]
     return [dict(A=math.exp(a - alpha * mean_n), delta=delta - gamma * mean_n, alpha=alpha, gamma=gamma,
                  B=math.exp(b - beta * mean_d), omega=omega - zeta * mean_d, beta=beta, zeta=zeta,
                  c=math.exp(c)) for a, delta, alpha, gamma, b, omega, beta, zeta, c in raws]
@@ -334,28 +333,80 @@ def findings(nats: dict[Run, list[float]], noise: float, top: int) -> str:
     return markdown_table(["the paper", "nats gained here", "twice the seed noise"], rows)
 
 
-def fit(path: Path) -> None:
-    """Print all that a finished sweep says; draw law.png beside it. Raises UserError for a missing run.
+def bytes_read(config: Config) -> int:
+    """The weights that a phone reads for each token, in bytes. (int4_bytes counts what it holds.)"""
+    return config.int4_params(config.active_routed) * 18 // 32 + 4 * config.fp32_params()
 
-    A file may hold sweeps of several lengths: the longest counts.
+
+def price(nats: dict[Run, float], seconds: dict[Run, float], top: int) -> str:
+    """What the mixture of E = 8 costs in training and saves in reading once it is as good as a dense model.
+
+    When that is, its three runs of one size tell: between two of them its loss is taken as a straight line
+    over the logarithm of seconds. (inf: it never gets there.)
+    """
+    runs = [run for run in nats if run.over_E and (run.size, run.E) == ("small", 8)]
+    line = sorted((nats[run], math.log(seconds[run])) for run in runs)
+    tokens = ", ".join(f"{run.tokens:,}" for run in runs)
+    said = f"The small mixture of E = 8, interpolated between its runs of {tokens} tokens, is"
+    for dense in (Run("large", 1, 1, top // 2), Run("small", 1, 1, top)):
+        time = math.exp(np.interp(nats[dense], *zip(*line), left=math.inf)) / seconds[dense]
+        read = bytes_read(runs[0].config()) / bytes_read(dense.config())
+        said += (f"\n- as good as dense {dense.size} after {dense.tokens:,} tokens ({nats[dense]:.3f} nats) "
+                 f"in {time:.2f} times the training time, and reads {read:.2f} times the bytes per token")
+    return said
+
+
+def draw(path: Path, error: float, panels: dict[str, list[tuple[str, float, float]]]) -> None:
+    """Loss over something in a panel each: {what: [(label of the line, x, loss), ...]}."""
+    figure, [axes] = common.new_figure(1, len(panels), (6 * len(panels), 4.5))
+    for axis, (what, points) in zip(axes, panels.items()):
+        for label in dict.fromkeys(label for label, _, _ in points):
+            line = sorted(point[1:] for point in points if point[0] == label)
+            axis.errorbar(*zip(*line), error, marker="o", capsize=3, label=label)
+        axis.set(xlabel=what, ylabel="held-out nats per token, ± twice the seed noise")
+        axis.set_xscale("log", base=2, subs=[1.5])
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter("{x:g}")
+        axis.legend(title="E = 1 is dense")
+    common.save_figure(figure, path)
+
+
+def fit(path: Path) -> None:
+    """Print all that a finished sweep says; draw law.png and cost.png beside it.
+
+    A file may hold sweeps of several lengths: the longest counts. Raises UserError for a missing run.
     """
     records = read_runs(path)
     top = max((run.tokens for run in records), default=TOKENS)
-    nats = defaultdict(list)            # of all seeds of each run
+    seeds = defaultdict(list)           # the losses of all seeds of each run
     for run in all_runs(top):
         if run not in records:
             raise UserError(f"{path} lacks {run}: let `python -m lab.scaling_law sweep` finish")
-        nats[run._replace(seed=0)].append(records[run]["nats"])
+        seeds[run._replace(seed=0)].append(records[run][0])
+    nats = {run: np.mean(losses) for run, losses in seeds.items()}
+    seconds = {run: run.tokens / records[run][1] for run in nats}
+    MB_read = {run: bytes_read(run.config()) / 1e6 for run in nats}
     rows = []
-    for run, losses in nats.items():
+    for run, losses in seeds.items():
         config = run.config()
         rows.append([*run[:5], f"{config.active_params() / 1e6:.2f}M", f"{config.int4_bytes() / 1e6:.1f}",
-                     f"{records[run]['tokens/s']:,.0f}", len(losses), f"{np.mean(losses):.3f}"])
-    print(markdown_table([*Run._fields[:5], "active", "INT4 MB", "tokens/s", "seeds", "nats/token"], rows))
+                     f"{MB_read[run]:.2f}", f"{seconds[run]:.0f}", len(losses), f"{nats[run]:.3f}"])
+    heads = ["active", "INT4 MB", "read per token", "seconds", "seeds", "nats/token"]
+    print(markdown_table([*Run._fields[:5], *heads], rows))
     # Three seeds say little about the noise of one shape; four shapes together say something about all.
-    noise = math.sqrt(np.mean([np.var(losses, ddof=1) for losses in nats.values() if len(losses) > 1]))
-    print(f"\n{findings(nats, noise, top)}\n")
-    points = np.array([(run.config().active_params() / 1e9, run.tokens / 1e9, run.E, records[run]["nats"])
+    noise = math.sqrt(np.mean([np.var(losses, ddof=1) for losses in seeds.values() if len(losses) > 1]))
+    print(f"\n{findings(seeds, noise, top)}\n\n{price(nats, seconds, top)}\n")
+    over_E = [run for run in nats if run.over_E]
+    over_g = [run for run in nats if run.E == 8 and run.tokens == top]
+    draw(path.with_name("law.png"), 2 * noise, {
+        "E": [(f"{run.size}, {run.tokens:,} tokens", run.E, nats[run]) for run in over_E],
+        "g (small, E = 8)": [(f"{'with' if run.shared else 'without'} a shared expert", run.g, nats[run])
+                             for run in over_g]})
+    draw(path.with_name("cost.png"), 2 * noise, {
+        "seconds of training": [(f"{run.size}, E = {run.E}", seconds[run], nats[run]) for run in over_E],
+        f"MB that a phone reads per token (small and large, {top // 2:,} tokens)": [
+            (f"E = {run.E}", MB_read[run], nats[run]) for run in over_E if run.tokens == top // 2]})
+    points = np.array([(run.config().active_params() / 1e9, run.tokens / 1e9, run.E, records[run][0])
                        for run in all_runs(top) if run.over_E]).T          # [4, n]
     k, *resampled = fit_law(points, resamples=100)
     rmse = np.sqrt(np.mean((law(*points[:3], k) - points[3]) ** 2))
@@ -363,28 +414,9 @@ def fit(path: Path) -> None:
     for name, value in k.items():
         low, high = np.quantile([other[name] for other in resampled], (0.05, 0.95))
         rows.append([name, f"{value:.4g}", f"{low:.4g} to {high:.4g}", f"{PUBLISHED[name]:.4f}"])
-    print(f"Equation 1 fitted to {points.shape[1]} runs: RMSE {rmse:.4f} nats (paper: 0.0076).\n"
+    print(f"\nEquation 1 fitted to {points.shape[1]} runs: RMSE {rmse:.4f} nats (paper: 0.0076).\n"
           "A wide interval: these runs leave it open. Two active sizes cannot tell A and alpha from c.\n")
-    print(markdown_table(["", "fitted", "90 % interval (bootstrap)", "published"], rows), flush=True)
-    draw(nats, noise, top, path.with_name("law.png"))
-
-
-def draw(nats: dict[Run, list[float]], noise: float, top: int, path: Path) -> None:
-    """Held-out loss over E, and over g with and without a shared expert."""
-    figure, [[left, right]] = common.new_figure(1, 2, (12, 4.5))
-    lines = defaultdict(list)           # (axes, label) -> [(x, loss)]
-    for run, losses in sorted(nats.items(), key=lambda item: item[0].g):
-        if run.over_E:
-            lines[left, f"{run.size}, {run.tokens:,} tokens"].append((run.E, np.mean(losses)))
-        if run.E == 8 and run.tokens == top:
-            lines[right, "with a shared expert" if run.shared else "without"].append((run.g, np.mean(losses)))
-    for (axes, label), points in lines.items():
-        axes.errorbar(*zip(*points), 2 * noise, marker="o", capsize=3, label=label)
-        axes.set_xscale("log", base=2)
-        axes.legend()
-    left.set(xlabel="E (1 is dense)", ylabel="held-out nats per token, +- twice the seed noise")
-    right.set(xlabel="g (small, E = 8)")
-    common.save_figure(figure, path)
+    print(markdown_table(["", "fitted", "90 % interval (bootstrap)", "published"], rows))
 
 # ----------------------------------------------------------------------------------------------------------
 # Command line
