@@ -37,10 +37,8 @@ A dense model has no experts to offer that graph. It goes as `qwen3`: the same a
 (`llama`, the obvious guess, has no norm on q and k.) Every llama.cpp since August 2025 has both graphs, and
 so have the apps built on it.
 """
-import argparse
 import dataclasses
 import functools
-import itertools
 import math
 import struct
 import zlib
@@ -52,8 +50,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common import (CHAT_NAMES, UserError, ask_llama_cpp, atomic_write, chat_names, load_checkpoint, run_main,
-                    tokenizer_from_dict)
+from common import (CHAT_NAMES, Parser, UserError, ask_llama_cpp, atomic_write, chat_names, load_checkpoint,
+                    run_main, tokenizer_from_dict)
 from data import LLAMA3_PATTERN, SPECIAL_TOKENS, make_tokenizer, tokenizer_to_dict
 from mobilemoe import PRESETS, Config, MobileMoE, config_from_dict
 from quantize import dequantize, int4_groups, pack_q4_0, pack_q5_0, pack_q8_0
@@ -67,8 +65,6 @@ BLOCK = {F32: (1, 4), F16: (1, 2), Q8_0: (32, 34), Q5_0: (32, 22), Q4_0: (32, 18
 LARGEST = {F32: 3.4e38, F16: 65504, Q8_0: 127 * 65504, Q5_0: 16 * 65504, Q4_0: 7.5 * 65504}
 # general.file_type, "mostly this": a numbering of its own
 FILE_TYPE = {F32: 0, F16: 1, Q8_0: 7, Q5_0: 8, Q4_0: 2}
-NORMAL, CONTROL, UNUSED = 1, 3, 5               # tokenizer.ggml.token_type
-MAX_EXPERTS = 512                               # llama.cpp aborts above (above 1,024 of late)
 ROPE_ORIGINAL_CONTEXT = 8192                    # of the released rope_scaling
 
 # Llama 3's chat format in Jinja. It is common.encode_chat for every app that uses the file.
@@ -102,11 +98,8 @@ def tensor_plan(c: Config, kind: int, experts: int) -> list[Entry]:
     turning = rotated_pairs(c)
 
     def same(w): return w
-    def ones(_): return torch.ones(d)
-    def zeros(*shape): return lambda _: torch.zeros(shape)
-    def gate(w): return w[..., :F].transpose(1, 2)                         # [E, D, 2F] -> [E, F, D]
-    def up(w): return w[..., F:].transpose(1, 2)                           # [E, D, 2F] -> [E, F, D]
-    def down(w): return w.transpose(1, 2)                                  # [E, F, D] -> [E, D, F]
+    def full_of(value, *shape): return lambda _: torch.full(shape, value)
+    def columns(i, j): return lambda w: w[..., i:j].transpose(1, 2)        # [E, in, out] -> [E, out, in]
 
     def evens_first(w):                                                    # [heads*d, ...] -> rows reordered
         pairs = w.unflatten(0, (-1, d // 2, 2))                            # [heads, d/2, 2, ...]
@@ -119,28 +112,27 @@ def tensor_plan(c: Config, kind: int, experts: int) -> list[Entry]:
         ("attn_k.weight", "self_attn.k_proj.weight", evens_first),         # [K*d, D]
         ("attn_v.weight", "self_attn.v_proj.weight", same),                # [K*d, D]
         ("attn_output.weight", "self_attn.o_proj.weight", same),           # [D, H*d]
-        ("attn_q_norm.weight", None, ones),                                # [d]
-        ("attn_k_norm.weight", None, ones)]                                # [d]
+        ("attn_q_norm.weight", None, full_of(1.0, d)),                     # [d]
+        ("attn_k_norm.weight", None, full_of(1.0, d))]                     # [d]
     if c.dense:
         layer.append(("ffn_norm.weight", "post_attention_layernorm.weight", same))     # [D]
-        for part in ("gate", "up", "down"):                                            # [d_ff, D], [D, d_ff]
-            layer.append((f"ffn_{part}.weight", f"feed_forward.{part}_proj.weight", same))
     else:
         layer += [
             ("post_attention_norm.weight", "post_attention_layernorm.weight", same),   # [D]
             ("ffn_gate_inp.weight", "feed_forward.router.weight", same),               # [E, D]
             ("exp_probs_b.bias", "feed_forward.expert_bias", same),                    # [E]
-            ("ffn_gate_exps.weight", "feed_forward.experts.gate_up_proj", gate),       # [E, F, D]
-            ("ffn_up_exps.weight", "feed_forward.experts.gate_up_proj", up),           # [E, F, D]
-            ("ffn_down_exps.weight", "feed_forward.experts.down_proj", down)]          # [E, D, F]
-        for part, shape in (("gate", (shared, D)), ("up", (shared, D)), ("down", (D, shared))):
-            source = f"feed_forward.shared_expert.{part}_proj.weight" if c.shared_expert else None
-            layer.append((f"ffn_{part}_shexp.weight", source, same if source else zeros(*shape)))
+            ("ffn_gate_exps.weight", "feed_forward.experts.gate_up_proj", columns(0, F)),    # [E, F, D]
+            ("ffn_up_exps.weight", "feed_forward.experts.gate_up_proj", columns(F, 2*F)),    # [E, F, D]
+            ("ffn_down_exps.weight", "feed_forward.experts.down_proj", columns(0, D))]       # [E, D, F]
+    # Every token goes through a dense model's feed-forward as through a shared expert: only the names differ.
+    ours, theirs = ("feed_forward", "") if c.dense else ("feed_forward.shared_expert", "_shexp")
+    for part, shape in (("gate", (shared, D)), ("up", (shared, D)), ("down", (D, shared))):
+        source = f"{ours}.{part}_proj.weight" if c.dense or c.shared_expert else None
+        layer.append((f"ffn_{part}{theirs}.weight", source, same if source else full_of(0.0, *shape)))
 
     rows = [("token_embd.weight", "model.embed_tokens.weight", same)]      # [V, D] also the output layer
-    for n in range(c.n_layers):
-        rows += [(f"blk.{n}.{name}", source and f"model.layers.{n}.{source}", convert)
-                 for name, source, convert in layer]
+    rows += [(f"blk.{n}.{name}", source and f"model.layers.{n}.{source}", convert)
+             for n in range(c.n_layers) for name, source, convert in layer]
     rows.append(("output_norm.weight", "model.norm.weight", same))         # [D]
     state = empty_state(c)
     plan = []
@@ -211,11 +203,11 @@ def tokenizer_metadata(tokenizer: dict, vocab_size: int, template: str) -> dict:
     assert tokenizer["pattern"] == LLAMA3_PATTERN and encoding.max_token_value < vocab_size
 
     tokens = [*text, *(f"[UNUSED_{n}]" for n in range(len(text), vocab_size))]
-    # CONTROL tokens are never made from what a user types, and never shown.
-    types = np.repeat([NORMAL, UNUSED], [len(text), vocab_size - len(text)])
+    # Control tokens are never made from what a user types, and never shown.
+    types = np.repeat([1, 5], [len(text), vocab_size - len(text)])         # normal, unused
     for name, i in specials.items():
         tokens[i] = name
-        types[i] = CONTROL
+        types[i] = 3                                                       # control
     begin, end, *_, turn_end = (specials[name] for name in chat_names(encoding))
     keys = {"model": "gpt2", "pre": "llama-bpe", "tokens": tokens, "token_type": types, "merges": merges,
             "add_bos_token": True, "bos_token_id": begin, "eos_token_id": end, "eot_token_id": turn_end}
@@ -263,8 +255,8 @@ def export(config: Config, tensor: Callable[[str], Tensor], tokenizer: dict, pat
     the weights are QAT's masters (see `encode`). `experts`: another type for routed experts. Raises UserError
     for what llama.cpp could not load; then no file is left.
     """
-    if not config.dense and config.n_routed > MAX_EXPERTS:
-        raise UserError(f"llama.cpp has room for {MAX_EXPERTS} experts, not for {config.n_routed}")
+    if config.n_routed > 512:                   # it aborts above (above 1,024 of late)
+        raise UserError(f"llama.cpp has room for 512 experts, not for {config.n_routed}")
     if config.dense and config.rope_scaling:
         raise UserError("llama.cpp's graph for a dense model cannot do rope_scaling: train without it")
     kinds = DTYPES[dtype], EXPERTS[experts] if experts else DTYPES[dtype]
@@ -280,7 +272,11 @@ def export(config: Config, tensor: Callable[[str], Tensor], tokenizer: dict, pat
             if isinstance(weight, tuple):       # on the lattice already
                 file.write(pack_q4_0(*map(entry.convert, weight)).numpy())
             else:
-                write_tensor(file, entry, entry.convert(weight), qat)
+                weight = entry.convert(weight)
+                assert tuple(weight.shape) == entry.shape, entry.name
+                # Two million weights at a time: temporaries stay small enough for the processor's cache.
+                for rows in weight.split(max(1, 2**21 // math.prod(entry.shape[1:]))):
+                    file.write(encode(rows, entry, snap=qat and entry.is_matrix))
             file.write(bytes(-file.tell() % ALIGNMENT))
     torch.set_num_threads(threads)
     bits = 8 * sum(map(entry_bytes, plan)) / sum(math.prod(entry.shape) for entry in plan)
@@ -288,44 +284,36 @@ def export(config: Config, tensor: Callable[[str], Tensor], tokenizer: dict, pat
             f"{metadata['general.architecture']}, {bits:.2f} bits per weight")
 
 
-def write_tensor(file, entry: Entry, weight: Tensor, qat: bool) -> None:
-    """Write one tensor, without padding. Raises UserError for a weight that its type cannot hold."""
-    assert tuple(weight.shape) == entry.shape, entry.name
-    # Two million weights at a time: temporaries stay small enough for the processor's cache.
-    for rows in weight.split(max(1, 2**21 // math.prod(entry.shape[1:]))):
-        if not rows.abs().max() <= LARGEST[entry.kind]:                     # NaN is not, either
-            raise UserError(f"{entry.source}: a weight is no number, or too large for its type in the file")
-        file.write(encode(rows, entry.kind, snap=qat and entry.is_matrix))
-
-
-def encode(weight: Tensor, kind: int, snap: bool) -> np.ndarray:
-    """weight [..., in] of any dtype -> its bytes in the file.
+def encode(weight: Tensor, entry: Entry, snap: bool) -> np.ndarray:
+    """weight [..., in] of any dtype, a part of entry's tensor -> its bytes in the file.
 
     Q4_0 *is* the lattice of QAT: the integers that training computed with are packed, and nothing is rounded
-    twice. `snap` moves QAT's masters onto that lattice before another type stores them.
+    twice. `snap` moves QAT's masters onto that lattice before another type stores them. Raises UserError for
+    weights that are not finite, or too large for FP16 where that is stored: a phone would answer nonsense.
     """
     rows = weight.reshape(-1, weight.shape[-1]).float().contiguous()       # [rows, in]
-    if kind == Q4_0:
-        return pack_q4_0(*int4_groups(rows, dim=1)).numpy()
-    if snap:
+    if snap and entry.kind != Q4_0:
         rows = dequantize(*int4_groups(rows, dim=1), dim=1)
-    if kind in (Q5_0, Q8_0):
-        return (pack_q5_0 if kind == Q5_0 else pack_q8_0)(rows).numpy()
-    return rows.numpy().astype(np.float16 if kind == F16 else np.float32)
+    largest = rows.abs().max().item()
+    if not largest <= LARGEST[entry.kind]:                                 # NaN is not, either
+        raise UserError(f"{entry.source} holds {largest:g}; the file can hold {LARGEST[entry.kind]:g}")
+    if entry.kind == Q4_0:
+        return pack_q4_0(*int4_groups(rows, dim=1)).numpy()
+    if entry.kind in (Q5_0, Q8_0):
+        return (pack_q5_0 if entry.kind == Q5_0 else pack_q8_0)(rows).numpy()
+    return rows.numpy().astype(np.float16 if entry.kind == F16 else np.float32)
 
 
-def gguf_header(metadata: dict, plan: list[Entry]) -> bytes:
+def gguf_header(metadata: dict, plan: list[Entry]) -> bytearray:
     """Everything in front of the weights. Offsets count from its end."""
-    parts = [b"GGUF", struct.pack("<IQQ", 3, len(plan), len(metadata))]
-    parts += [gguf_string(key) + gguf_value(value) for key, value in metadata.items()]
+    pairs = [gguf_string(key) + gguf_value(value) for key, value in metadata.items()]
+    header = bytearray(b"GGUF" + struct.pack("<IQQ", 3, len(plan), len(pairs)) + b"".join(pairs))
     offset = 0
     for entry in plan:
         dims = entry.shape[::-1]            # ggml names the innermost dimension first: [in, out, E]
-        parts.append(gguf_string(entry.name))
-        parts.append(struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, entry.kind, offset))
-        offset += entry_bytes(entry)
-        offset += -offset % ALIGNMENT
-    header = b"".join(parts)
+        header += gguf_string(entry.name)
+        header += struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, entry.kind, offset)
+        offset += -(-entry_bytes(entry) // ALIGNMENT) * ALIGNMENT
     return header + bytes(-len(header) % ALIGNMENT)
 
 
@@ -342,8 +330,7 @@ def gguf_value(value) -> bytes:
 
 
 def gguf_string(text: str) -> bytes:
-    data = text.encode()
-    return struct.pack("<Q", len(data)) + data
+    return struct.pack("<Q", len(text.encode())) + text.encode()
 
 
 def entry_bytes(entry: Entry) -> int:
@@ -366,15 +353,10 @@ def export_checkpoint(checkpoint_path: str | Path, path: str | Path, dtype: str 
 
 
 def export_preset(name: str, path: str | Path, dtype: str = "q4_0") -> str:
-    """Export random weights of a preset's shape: right in size and speed before anything is trained."""
-    if name not in PRESETS:
-        raise UserError(f"unknown preset {name!r}: one of {', '.join(PRESETS)}")
+    """Export random weights of a preset's shape, right in size and speed before anything is trained, with a
+    vocabulary without meaning: all bytes, pairs of bytes, then triples."""
     # 8192 is the paper's longest context. Runtimes refuse prompts longer than the file says.
-    return export_random(dataclasses.replace(PRESETS[name], max_context=8192), path, dtype)
-
-
-def export_random(config: Config, path: str | Path, dtype: str) -> str:
-    """Export random weights and a vocabulary without meaning: all bytes, pairs of bytes, then triples."""
+    config = dataclasses.replace(PRESETS[name], max_context=8192)
     state = empty_state(config)
 
     @functools.lru_cache(maxsize=1)         # gate and up come out of one tensor, asked for twice in a row
@@ -385,15 +367,16 @@ def export_random(config: Config, path: str | Path, dtype: str) -> str:
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         return torch.randn(shape, generator=generator) * config.init_std
 
-    words = (bytes(word) for length in (1, 2, 3) for word in itertools.product(range(256), repeat=length))
+    words = (n.to_bytes(length, "big") for length in (1, 2, 3) for n in range(256 ** length))
     ranks = dict(zip(words, range(config.vocab_size - len(SPECIAL_TOKENS))))
     return export(config, tensor, tokenizer_to_dict(make_tokenizer(ranks, "placeholder")), path, dtype)
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Write a model as one .gguf file for llama.cpp.")
-    parser.add_argument("checkpoint", nargs="?", help="a .pt file that train.py wrote, or a released folder")
-    parser.add_argument("--preset", help=f"random weights of a known shape instead: {', '.join(PRESETS)}")
+    parser = Parser(description="Write a model as one .gguf file for llama.cpp.")
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("checkpoint", nargs="?", help="a .pt file that train.py wrote, or a released folder")
+    model.add_argument("--preset", choices=PRESETS, help="random weights of a known shape instead")
     parser.add_argument("--out", required=True, help="the .gguf file to write")
     parser.add_argument("--dtype", choices=DTYPES, default="q4_0", help="of the matrices (%(default)s)")
     parser.add_argument("--experts", choices=EXPERTS, default="", help="another type for routed experts (for "
@@ -402,11 +385,9 @@ def main():
                         "released models come, in BF16 (%(default)s)")
     parser.add_argument("--ask", metavar="QUESTION", action="append", help="for llama.cpp (may repeat)")
     args = parser.parse_args()
-    if bool(args.checkpoint) == bool(args.preset):
-        raise UserError("name either a checkpoint or a --preset")
     if args.format == "hf":
         from released import write_folder
-        return print(write_folder(load_checkpoint(args.checkpoint or ""), Path(args.out)))
+        return print(write_folder(load_checkpoint(args.checkpoint or "a checkpoint"), Path(args.out)))
     if args.preset:
         print(export_preset(args.preset, args.out, args.dtype))
     else:

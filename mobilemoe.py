@@ -429,11 +429,12 @@ class MobileMoE(nn.Module):
 
 
 @torch.no_grad()
-def bits_per_byte(model: MobileMoE, ids, text_bytes: float, context: int, batch: int = 16) -> float:
+def bits_per_byte(model: MobileMoE, ids, text_bytes: float, context: int) -> float:
     """Bits the model needs per byte of the text that `ids` [n] encodes, read in windows of `context` tokens.
 
     Loss per token depends on the tokenizer. Bits per byte does not, and a compressor's compares with it.
     """
+    batch = min(16, max(1, 2**15 // context))       # windows at a time: as much as a part in training
     device = next(model.parameters()).device
     ids = torch.as_tensor(ids, dtype=torch.int64)
     starts = range(0, len(ids) - 1, context)        # windows overlap by one: each token is a target once
