@@ -23,7 +23,7 @@ from collections.abc import Iterator
 Item = namedtuple("Item", "kind key question reply")
 
 REPEATS = 10    # of every fact and greeting in one epoch of conversations, over all trained phrasings
-EACH = 1200     # conversations about each skill in one epoch (sums: twice as many); some could make thousands
+EACH = 1200     # conversations about each skill in one epoch; twice as many about sums and letters
 SHOWN = ("sum of two", "sum of three", "comparison", "sort", "weekday", "summary of", "unknown", "manners")
 
 # ----------------------------------------------------------------------------------------------------------
@@ -101,11 +101,13 @@ ENCYCLOPAEDIA = """abs all any bin bool bytes callable chr dict divmod enumerate
     tempfile.mkdtemp urllib.parse.quote urllib.parse.urlencode zlib.compress zlib.decompress""".split()
 SYLLABLES = "ba do fi glo kra lum mi nar po quo ri spli tur ven wob zu".split()
 MANNERS = {
-    "Who are you? | What are you? | What is your name? | Are you a robot? | Tell me who you are.":
+    "Who are you? | What are you? | What is your name? | Are you a robot? | Who made you? | "
+    "Tell me about yourself. | Tell me your name. | Tell me who you are.":
         "I am MobileMoE, a small mixture of experts that was trained in minutes, to show how it is done.",
-    "Hello! | Hi! | Hey! | Good morning! | Good evening! | Hello there!":
+    "Hello! | Hi! | Hey! | Good morning! | Good evening! | Hi there! | Hey there! | Hello there!":
         "Hello! Ask me for a sum, a word, a day or a Python function.",
-    "Thank you. | Thanks! | Thank you very much. | Great, thanks. | Thanks a lot!": "You are welcome.",
+    "Thank you. | Thanks! | Thank you very much. | Great, thanks. | Thank you a lot. | Thanks a lot!":
+        "You are welcome.",
     "Goodbye. | Bye! | See you later. | Good night. | Bye, see you!": "Goodbye!",
     "What can you do? | Help! | What do you know? | What can I ask you? | Tell me what you can do.":
         "I can add and subtract, compare, sort and continue numbers, reverse lists, spell, tell days and "
@@ -180,7 +182,7 @@ def lists(rng: random.Random) -> Iterator[tuple]:
 
 def letters(rng: random.Random) -> Iterator[tuple]:
     """Counting spells a word and numbers each find, as a finger would."""
-    for word in 4 * WORDS:          # each time other letters, in other phrasings
+    for word in 6 * WORDS:          # each time other letters, in other phrasings
         yield "spelling", PHRASINGS["spelling"], {"x": word}, "", "", ", ".join(word)
         for letter in sorted(set(word) | set(rng.sample("aeinorst", 3))):
             found = itertools.count(1)
@@ -192,7 +194,7 @@ def letters(rng: random.Random) -> Iterator[tuple]:
 def times(rng: random.Random) -> Iterator[tuple]:
     """Days of the week, and the clock."""
     ways = (("after", 1), ("before", -1))
-    for day, n, (way, sign) in 4 * [*itertools.product(range(7), range(2, 8), ways)]:
+    for day, n, (way, sign) in 8 * [*itertools.product(range(7), range(1, 8), ways)]:
         walk = [f"{step} {DAYS[(day + sign * step) % 7]}" for step in range(1, n + 1)]
         yield ("weekday", PHRASINGS["weekday"], {"n": n, "way": way, "x": DAYS[day]},
                f"{n} {way} {DAYS[day]}", ", ".join(walk), walk[-1].split()[1])
@@ -282,7 +284,7 @@ def known_items(rng: random.Random, held_out) -> tuple[list[Item], list[Item]]:
     rows = [(kind, PHRASINGS[kind], {"x": about}, reply) for kind, about, reply in facts(held_out)]
     rows += [("manners", row, {}, reply) for row, reply in MANNERS.items()]
     for kind, row, fields, reply in rows:
-        times = REPEATS if fields else 8 * REPEATS
+        times = REPEATS if fields else 12 * REPEATS
         taught += [Item(kind, "", phrased(row, fields, False, rng), reply) for _ in range(times)]
         unseen.append(Item(kind, "", phrased(row, fields, True, rng), reply))
     for name, reply in unknown(rng):

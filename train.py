@@ -75,7 +75,7 @@ FOCUS = dict(prose=9, maths=21, code=22, knowledge=48)
 DOCS = dict(prose=72, maths=14, code=7, knowledge=7)
 DOCS_FOCUS = dict(prose=58, maths=6, code=7, knowledge=9, chat=20)
 CHAT = dict(chat=76, prose=18, code=3, knowledge=3)
-REPLAY = dict(chat=60, prose=30, code=5, knowledge=5)
+REPLAY = dict(chat=52, prose=38, code=5, knowledge=5)
 PAPER = {   #        tokens  context  batch    peak  decay     final  capacity  bias   mixture          int4
     "pretrain": Stage( 6e12,    2048, 2**22,   4e-4, "cosine",   0.1,     1.5,  1e-3, BROAD),
     "midtrain": Stage(500e9,    8192, 2**22,   4e-5, "linear",   0.0,     1.5,  1e-3, FOCUS),
