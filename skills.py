@@ -170,7 +170,7 @@ def lists(rng: random.Random) -> Iterator[tuple]:
         *shown, answer = range(first, first + 5 * step, step)
         yield ("sequence", PHRASINGS["sequence"], {"x": ", ".join(map(str, shown))},
                " ".join(map(str, shown)),
-               f"{shown[-1]} - {shown[-2]} = {step}, {shown[-1]} + {step} = {answer}", answer)
+               f"from {shown[-2]} to {shown[-1]} are {step}, {shown[-1]} + {step} = {answer}", answer)
     for _ in range(EACH):
         numbers = rng.sample(range(1, 31), 3)
         words = rng.sample(WORDS, 3)

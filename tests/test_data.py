@@ -185,7 +185,7 @@ def test_only_the_assistants_words_are_learned_and_nobody_can_forge_a_token(rank
     assert data.tokenize_documents(["<|begin_of_text|>", "狐"], small).tolist() == texts
     monkeypatch.setattr("common.encode", lambda *given: encoded.append(given) or encode(*given))
     data.encode_example(small, messages * 400)
-    assert len(encoded) == 3 * 2000             # linear in messages: role, line breaks, content of each
+    assert len(encoded) == 1 + 2 * 2000         # linear in messages: line breaks, then role and content
 
 # ------------------------------------------------------------------------------------------------ Batches
 

@@ -97,7 +97,7 @@ def test_what_a_phone_measured_appears_and_ctrl_c_leaves_nothing(finished_run, t
     row = json.dumps({"device": "WebAssembly in a browser", "prefill": 12.34, "decode": 5.67})
     assert desk.ask(f"{desk.root}result", "POST", row)[0] == 204
     out = desk.end()
-    assert re.search(r"\| WebAssembly in a browser \| +12\.3 \| +5\.7 \|", out) and "computer, native" in out
+    assert re.search(r"\| WebAssembly in a browser \| +12\.3 \| +5\.7 \|", out)
     assert desk.process.returncode == 130 and not list(tmp_path.iterdir())
 
 

@@ -67,7 +67,7 @@ def test_theory_follows_the_papers_formulas(name, files):
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_header_says_all_that_theory_needs(name, tmp_path):
     for config in (PRESETS[name], dataclasses.replace(PRESETS[name], shared_expert=False, top_k=1)):
-        (tmp_path / "x.gguf").write_bytes(gguf_header(model_metadata(config, Q4_0), []))
+        (tmp_path / "x.gguf").write_bytes(gguf_header(model_metadata(config, Q4_0, Q4_0), []))
         model = Model(tmp_path / "x.gguf")
         found = model.config
         assert model.q4_bytes and found.active_params() == config.active_params()

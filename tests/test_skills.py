@@ -47,15 +47,14 @@ def test_steps_and_answers_are_right(by_kind):
         assert choose(numbers(question)) == int(answer(reply))
     for question, reply in by_kind["sequence"]:
         a, b, *_, last = numbers(question)
-        assert int(answer(reply)) == last + b - a and all(
-            eval(step.replace("=", "==")) for step in reply.split(". ")[0].split(", "))
+        assert int(answer(reply)) == last + b - a and f"are {b - a}, {last} + {b - a} = " in reply
     for question, reply in by_kind["sort"]:
         assert sorted(numbers(question)) == numbers(answer(reply))
     for question, reply in by_kind["reverse"]:
         words = answer(reply).split(", ")
         assert ", ".join(reversed(words)) in question
     for question, reply in by_kind["letters"]:
-        letter, word = re.search(r"(?:many|letters|the|does) (\w) .*?(\w+)\W*$", question).groups()
+        letter, word = re.search(r"(?:many|letters|the|is) (\w) .*?(\w+)\W*$", question, re.I).groups()
         assert word.count(letter) == int(answer(reply)) and reply.replace(", ", "").startswith(word[0])
     for question, reply in by_kind["clock"]:
         hour, minute = map(int, re.search(r"(\d+):(\d\d)", question).groups())
