@@ -1,10 +1,9 @@
 """The text every reader has: docstrings, source and language reference of Python, NumPy and PyTorch.
 
-About 10 MB are found on the reader's own disk; nothing is downloaded. Of docstrings, source and the language
-reference this file makes documents; of docstrings, and of sums that it makes up, questions and answers for
-supervised fine-tuning (SFT). 5 % of everything is held out from all stages. What it is not: a tokenizer or
-batches (data.py), or a cleaner of the reader's own text. Nothing to run; `python data.py` shows what it
-finds.
+About 10 MB are found on the reader's own disk; nothing is downloaded. This file makes documents of it, and
+puts them together with the questions and answers of skills.py, for supervised fine-tuning (SFT). 5 % of
+everything is held out from all stages. What it is not: a tokenizer or batches (data.py), or a cleaner of the
+reader's own text. Nothing to run; `python data.py` shows what it finds.
 
 Sources: MobileMoE (arXiv 2605.27358) for the domains; the rest is this project's own.
 """
@@ -33,8 +32,7 @@ class Corpus:
     """Documents by domain, and conversations: {"kind", "messages": [{"role", "content"}, ...], "answer"}.
 
     Text to train on and text held out never meet again: the same hash decides in every stage. "answer" is
-    what a quiz compares; "kind" tells summary, signature, module, arithmetic or, of the reader's own data,
-    chat.
+    what a test compares; "kind" is that of skills.py, "quiz" or, of the reader's own data, "chat".
     """
     def __init__(self, source: str):
         self.source = source                                            # what was read, in words
@@ -226,9 +224,8 @@ def quiz(documented: Iterable[Documented]) -> Iterator[skills.Item]:
             yield skills.Item("quiz", thing.text, f"What does {thing.name} do?", summary)
 
 
-def conversation(items: Iterable[skills.Item]) -> dict:
+def conversation(items: list[skills.Item]) -> dict:
     """Questions and their answers as one conversation, named after the first."""
-    items = list(items)
     said = [(("user", item.question), ("assistant", item.reply)) for item in items]
     messages = [{"role": role, "content": content} for turn in said for role, content in turn]
     return {"kind": items[0].kind, "messages": messages, "answer": items[-1].reply}

@@ -385,9 +385,11 @@ def main():
                         "released models come, in BF16 (%(default)s)")
     parser.add_argument("--ask", metavar="QUESTION", action="append", help="for llama.cpp (may repeat)")
     args = parser.parse_args()
+    if args.preset and (args.format == "hf" or args.experts):
+        raise UserError("--format hf and --experts are for a checkpoint: leave --preset out")
     if args.format == "hf":
         from released import write_folder
-        return print(write_folder(load_checkpoint(args.checkpoint or "a checkpoint"), Path(args.out)))
+        return print(write_folder(load_checkpoint(args.checkpoint), Path(args.out)))
     if args.preset:
         print(export_preset(args.preset, args.out, args.dtype))
     else:

@@ -32,9 +32,10 @@ from torch import Tensor, nn
 
 import common
 from common import UserError, encode, encode_prompt
-from export_mobile import CHAT_TEMPLATE, export_checkpoint
+from export_mobile import chat_template, export_checkpoint
 from mobilemoe import generate, model_from_checkpoint
 from quantize import attach, heldout_bits_per_byte
+from released import render_chat
 from skills import PHRASINGS, is_right
 
 # ----------------------------------------------------------------------------------------------------------
@@ -323,7 +324,6 @@ MOBILEMOE14 = ("hellaswag,piqa,social_iqa,winogrande,mmlu,nq_open,triviaqa,arc_e
 def register_with_lm_eval() -> type:
     """Make `--model mobilemoe` known to lm-eval: its LM interface on top of Subject."""
     try:
-        from jinja2 import Template
         from lm_eval.api.model import LM
         from lm_eval.api.registry import register_model
         from lm_eval.models.utils import normalize_gen_kwargs
@@ -338,14 +338,16 @@ def register_with_lm_eval() -> type:
         def __init__(self, checkpoint: str, batch_size=None, max_batch_size=None, device=None):
             super().__init__()              # (batch size and device come with every command, needed or not)
             self.subject = Subject(Path(checkpoint))
+            *_, self.header_end, self.turn_end = common.chat_names(self.subject.encoding)
+            self.template = (self.subject.checkpoint.get("chat_template")
+                             or chat_template(self.subject.encoding))
 
         def chat_template(self, chat_template=False) -> str:
-            return CHAT_TEMPLATE            # the one in the exported file
+            return self.template            # the one in the exported file
 
         def apply_chat_template(self, chat_history: list[dict], add_generation_prompt=True) -> str:
-            text = Template(CHAT_TEMPLATE).render(messages=chat_history, bos_token="<|begin_of_text|>",
-                                                  add_generation_prompt=add_generation_prompt)
-            return text if add_generation_prompt else text.removesuffix("<|eot_id|>")       # an answer begun
+            text = render_chat(self.template, self.subject.encoding, chat_history, add_generation_prompt)
+            return text if add_generation_prompt else text.removesuffix(self.turn_end)      # an answer begun
 
         def encode(self, text: str) -> list[int]:
             if text.startswith("<|begin_of_text|>"):    # a conversation, where names of tokens are tokens
@@ -356,7 +358,7 @@ def register_with_lm_eval() -> type:
             # A space between the two belongs to the word after it: "a " and "b" apart are not "a b". But the
             # empty line that ends the header of an answer is the header's.
             whole = self.encode(context + continuation)
-            before = context if context.endswith("<|end_header_id|>\n\n") else context.rstrip()
+            before = context if context.endswith(f"{self.header_end}\n\n") else context.rstrip()
             # At least one token is scored, unless there is none.
             return whole, min(len(self.encode(before)), len(whole) - bool(continuation))
 

@@ -7,8 +7,8 @@
 
 The phone must reach this computer: the same Wi-Fi, or a cable and `adb reverse tcp:8000 tcp:8000`, then
 http://localhost:8000/... The page chats, and measures; what it measured appears here beside this computer's
-own figures. A browser is 12 to 26 times slower than llama.cpp itself on the same core (shared figures of a
-prototype), so it shows *that* a phone runs a file, and how two files compare, never the phone's own speed.
+own figures. In a browser the default file runs about ten times slower than in llama.cpp itself
+(docs/results.md), so a page shows *that* a phone runs a file, never the phone's own speed.
 
 Everybody in a Wi-Fi can ask this server, so every address begins with a random token, and behind it are the
 file, the page and wllama's files, nothing else. What it is not: a web server for more than a few guests.
